@@ -1,0 +1,1 @@
+//! Datasets: readers, chat templates, loss masks, packing, splits.

@@ -1,0 +1,1 @@
+//! Finds a model by name: folder, cache, registry package, Hugging Face hub.

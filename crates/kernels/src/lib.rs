@@ -1,0 +1,1 @@
+//! Fused tensor operations with a slow reference each, and packed frozen weights.

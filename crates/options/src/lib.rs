@@ -1,0 +1,1 @@
+//! Recipes: TOML with every mistake shown at once, and options defined once.

@@ -1,0 +1,1 @@
+//! Tiny models, golden loader and conformance suites shared by the tests.
