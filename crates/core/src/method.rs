@@ -1,0 +1,105 @@
+//! What a tuning method has to say.
+
+use std::fmt::Debug;
+
+use crate::change::Changes;
+use crate::error::Result;
+use crate::parameters::Parameters;
+use crate::random::Seed;
+use crate::spec::ModelSpec;
+use crate::weights::Weights;
+use retune_options::OptionSpec;
+use serde_json::Value;
+
+/// What a method is, for help, documentation and model cards: one definition, all derived.
+#[derive(Debug, Clone, Copy)]
+pub struct Card {
+    /// The name in a recipe: the paper's.
+    pub name: &'static str,
+    /// One sentence.
+    pub summary: &'static str,
+    /// Authors, title, year, address.
+    pub source: &'static str,
+    /// Learning rates between which the method usually trains well.
+    pub usual_learning_rates: (f64, f64),
+    /// Its options.
+    pub options: fn() -> Vec<OptionSpec>,
+}
+
+/// One tensor a method will train or keep.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlannedParameter {
+    /// The name it is saved under.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// The weight or site it changes.
+    pub place: String,
+    /// Whether it trains (else it is a buffer).
+    pub trains: bool,
+}
+
+/// What a method will do to a model, before anything is done.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MethodPlan {
+    /// All tensors, in the order they will be made.
+    pub parameters: Vec<PlannedParameter>,
+    /// What a person should know, e.g. a target that was widened.
+    pub notes: Vec<String>,
+}
+
+impl MethodPlan {
+    /// Returns the number of values that will train.
+    pub fn num_trainable(&self) -> usize {
+        self.parameters
+            .iter()
+            .filter(|parameter| parameter.trains)
+            .map(|parameter| parameter.shape.iter().product::<usize>())
+            .sum()
+    }
+}
+
+/// What a method may do between two optimiser steps.
+#[derive(Debug)]
+pub struct StepView<'a> {
+    /// Steps done so far.
+    pub step: u64,
+    /// Steps of the whole run.
+    pub num_steps: u64,
+    /// Everything that trains.
+    pub parameters: &'a mut Parameters,
+    /// The run's seed.
+    pub seed: Seed,
+}
+
+/// A tuning method: plans, attaches its changes, and says how its adapter is written.
+///
+/// It knows no architecture; it looks at the [`ModelSpec`] only.
+pub trait Method: Debug + Send {
+    /// Describes the method.
+    fn card(&self) -> Card;
+
+    /// Says what would train, where and how many values. Reads no weights.
+    ///
+    /// # Errors
+    /// If an option is impossible for this model, naming the nearest valid choice.
+    fn plan(&self, spec: &ModelSpec) -> Result<MethodPlan>;
+
+    /// Makes the parameters and attaches the changes, exactly as planned.
+    ///
+    /// # Errors
+    /// Those of [`Method::plan`], and of reading weights an initialisation looks at.
+    fn attach(&self, weights: &Weights, parameters: &mut Parameters, seed: Seed) -> Result<Changes>;
+
+    /// Acts between two optimiser steps: unmask, regrow, rotate halves, prune.
+    ///
+    /// # Errors
+    /// If the method's own state does not fit.
+    fn on_step(&mut self, _step: &mut StepView<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    /// Returns the `adapter_config.json` of the PEFT library for this method, or nothing where the
+    /// result is a whole model rather than an adapter.
+    fn adapter_config(&self, spec: &ModelSpec) -> Option<Value>;
+}

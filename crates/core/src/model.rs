@@ -1,0 +1,75 @@
+//! What an architecture has to say.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::pass::Pass;
+use crate::site::Site;
+use crate::spec::ModelSpec;
+use tensor::Tensor;
+
+/// What a model computes for a batch.
+#[derive(Debug, Clone)]
+pub enum Output {
+    /// Hidden states for the language head, `[tokens, width]`.
+    States(Tensor<2>),
+    /// Class logits, `[documents, classes]`.
+    Classes(Tensor<2>),
+    /// Document vectors, `[documents, width]`.
+    Embeddings(Tensor<2>),
+}
+
+/// An architecture, written once against [`Pass`].
+///
+/// It comes in three parts rather than one, so that a layer can be run again on its own: that is
+/// how activations are recomputed instead of kept, and how layers are dropped or shared.
+pub trait Model: Debug + Send + Sync {
+    /// Describes the model.
+    fn spec(&self) -> &Arc<ModelSpec>;
+
+    /// Turns tokens into the states that enter the first block.
+    ///
+    /// # Errors
+    /// If a weight cannot be read.
+    fn embed(&self, pass: &mut Pass<'_>) -> Result<Tensor<2>>;
+
+    /// Runs one block.
+    ///
+    /// # Shapes
+    /// - `x`: `[tokens, width]`
+    /// - returns: the same
+    ///
+    /// # Errors
+    /// If a weight cannot be read.
+    fn layer(&self, pass: &mut Pass<'_>, index: usize, x: Tensor<2>) -> Result<Tensor<2>>;
+
+    /// Turns the last block's states into what the head needs.
+    ///
+    /// # Errors
+    /// If a weight cannot be read.
+    fn finish(&self, pass: &mut Pass<'_>, x: Tensor<2>) -> Result<Output>;
+
+    /// Runs one block between its input and output sites.
+    ///
+    /// # Errors
+    /// Those of [`Model::layer`].
+    fn block(&self, pass: &mut Pass<'_>, index: usize, x: Tensor<2>) -> Result<Tensor<2>> {
+        let x = pass.at(Site::LayerInput(index), x);
+        let x = self.layer(pass, index, x)?;
+        Ok(pass.at(Site::LayerOutput(index), x))
+    }
+
+    /// Runs the whole model.
+    ///
+    /// # Errors
+    /// If a weight cannot be read.
+    fn forward(&self, pass: &mut Pass<'_>) -> Result<Output> {
+        let x = self.embed(pass)?;
+        let mut x = pass.at(Site::Embedding, x);
+        for index in 0..self.spec().num_layers {
+            x = self.block(pass, index, x)?;
+        }
+        self.finish(pass, x)
+    }
+}
