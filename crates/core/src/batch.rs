@@ -15,7 +15,7 @@ pub struct Batch {
     /// Where each document begins and ends.
     pub spans: Spans,
     /// Position of each token in its document, `[N]`.
-    pub positions: Vec<u32>,
+    pub positions: Vec<usize>,
     /// Token types (segments) of encoders, `[N]`; zeros where absent.
     pub token_types: Option<Vec<u32>>,
     /// What each token should predict, `[N]`: for language models the *next* token of the same
@@ -48,11 +48,10 @@ impl Batch {
     /// # Errors
     /// [`Error::Input`] if a document is empty or `learn` has another length than `tokens`.
     pub fn new(documents: &[Document]) -> Result<Self> {
-        let mut starts = vec![0];
         let total = documents.iter().map(|d| d.tokens.len()).sum();
         let mut batch = Self {
             tokens: Vec::with_capacity(total),
-            spans: Spans::new(vec![0]),
+            spans: Spans::from_lengths(documents.iter().map(|d| d.tokens.len())),
             positions: Vec::with_capacity(total),
             token_types: None,
             targets: Vec::with_capacity(total),
@@ -72,7 +71,7 @@ impl Batch {
                 });
             }
             batch.tokens.extend(&document.tokens);
-            batch.positions.extend(0..length as u32);
+            batch.positions.extend(0..length);
             batch.targets.extend((0..length).map(|t| {
                 (t + 1 < length && document.learn[t + 1]).then(|| document.tokens[t + 1])
             }));
@@ -84,9 +83,7 @@ impl Batch {
             }
             batch.classes.push(document.class);
             batch.rows.push(document.row);
-            starts.push(batch.tokens.len());
         }
-        batch.spans = Spans::new(starts);
         batch.token_types = typed.then_some(types);
         Ok(batch)
     }
@@ -109,7 +106,7 @@ impl Batch {
     /// # Errors
     /// [`Error::Input`] that names the row of the first token or document that does not fit.
     pub fn check(&self, spec: &crate::spec::ModelSpec) -> Result<()> {
-        for (index, span) in self.spans.ranges().enumerate() {
+        for (index, span) in self.spans.iter().enumerate() {
             let row = self.rows.get(index).copied().unwrap_or(index);
             if let Some(token) =
                 self.tokens[span.clone()].iter().find(|t| **t as usize >= spec.vocabulary)
@@ -122,7 +119,7 @@ impl Batch {
                         .to_owned(),
                 });
             }
-            let last = self.positions[span].iter().max().copied().unwrap_or(0) as usize;
+            let last = self.positions[span].iter().max().copied().unwrap_or(0);
             if last >= spec.max_positions {
                 return Err(Error::Input {
                     what: format!("row {row} is longer than the model can read"),
@@ -157,7 +154,7 @@ mod tests {
         // 7 ends its document: it must not learn to predict 8.
         assert_eq!(batch.targets, [Some(6), Some(7), None, Some(9), None]);
         assert_eq!(batch.positions, [0, 1, 2, 0, 1]);
-        assert_eq!(batch.spans.ranges().collect::<Vec<_>>(), [0..3, 3..5]);
+        assert_eq!(batch.spans.iter().collect::<Vec<_>>(), [0..3, 3..5]);
     }
 
     #[test]

@@ -46,6 +46,16 @@ impl<'a> Scope<'a> {
         matches!(self.mode, Mode::Train { .. })
     }
 
+    /// Returns how many random draws were made.
+    pub(crate) fn draws(&self) -> u64 {
+        self.draws
+    }
+
+    /// Goes back to an earlier number of draws.
+    pub(crate) fn set_draws(&mut self, draws: u64) {
+        self.draws = draws;
+    }
+
     /// Returns the list of parameters.
     pub fn parameters(&self) -> &'a Parameters {
         self.parameters

@@ -9,9 +9,21 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A file of a checkpoint or adapter cannot be read.
+    /// A safetensors file cannot be read.
     #[error(transparent)]
-    File(#[from] retune_files::Error),
+    Safetensors(#[from] retune_files::safetensors::SafetensorsError),
+
+    /// A GGUF file cannot be read.
+    #[error(transparent)]
+    Gguf(#[from] retune_files::gguf::GgufError),
+
+    /// Quantised blocks cannot be read or made.
+    #[error(transparent)]
+    Blocks(#[from] retune_files::ggml::GgmlError),
+
+    /// A file or folder cannot be written.
+    #[error(transparent)]
+    Write(#[from] retune_files::atomic::WriteError),
 
     /// A file says something that does not fit together.
     #[error("{path}: {what}\n  expected: {expected}\n  found: {found}\n  help: {help}")]

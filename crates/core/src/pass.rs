@@ -12,7 +12,7 @@ use crate::spec::Head;
 use crate::weights::Weights;
 use retune_kernels::matrix::PackedMatrix;
 use retune_kernels::{
-    self as kernels, AttentionOptions, EmbeddingTable, HeadOptions, HeadWeight, Rotation, Spans,
+    self as kernels, AttentionOptions, HeadOptions, Rotation, Spans, Table,
 };
 use tensor::{Tensor, TensorData};
 
@@ -57,6 +57,7 @@ pub struct Pass<'a> {
     cache: Option<&'a mut KeyValueCache>,
     listener: Option<Listener<'a>>,
     rotations: Vec<(Rope, Rotation)>,
+    marks: BTreeMap<usize, u64>,
 }
 
 impl<'a> Pass<'a> {
@@ -80,6 +81,7 @@ impl<'a> Pass<'a> {
             cache: None,
             listener: None,
             rotations: Vec::new(),
+            marks: BTreeMap::new(),
         })
     }
 
@@ -215,11 +217,11 @@ impl<'a> Pass<'a> {
     pub fn embed(&mut self, module: &str, ids: &[u32]) -> Result<Tensor<2>> {
         let name = format!("{module}.weight");
         let table = if self.changes.of_weight(&name).is_empty() {
-            EmbeddingTable::Frozen(self.weights.matrix(&name)?)
+            Table::Frozen(self.weights.matrix(&name)?)
         } else {
-            EmbeddingTable::Trainable(self.changes.materialize(&name, self.weights, &self.scope)?)
+            Table::Trainable(self.changes.materialize(&name, self.weights, &self.scope)?)
         };
-        Ok(kernels::embed(ids, table))
+        Ok(kernels::embed(ids, &table, self.weights.device()))
     }
 
     /// Rotates the heads of `x` by the positions of the batch.
@@ -255,8 +257,8 @@ impl<'a> Pass<'a> {
             return kernels::attention(q, k, v, &spans, &spans, options);
         };
         let documents = cache.layers.entry(layer).or_default();
-        let mut ends = vec![0];
-        for (place, span) in spans.ranges().enumerate() {
+        let mut lengths = Vec::with_capacity(spans.documents());
+        for (place, span) in spans.iter().enumerate() {
             let new = |x: &Tensor<2>| x.clone().narrow(0, span.start, span.len());
             let (new_k, new_v) = (new(&k), new(&v));
             match documents.get_mut(place) {
@@ -266,15 +268,14 @@ impl<'a> Pass<'a> {
                 }
                 None => documents.push((new_k, new_v)),
             }
-            let length = documents[place].0.dims()[0];
-            ends.push(ends[place] + length);
+            lengths.push(documents[place].0.dims()[0]);
         }
         let join = |pick: fn(&(Tensor<2>, Tensor<2>)) -> Tensor<2>| match &documents[..] {
             [one] => pick(one),
             many => Tensor::cat(many.iter().map(pick).collect(), 0),
         };
         let (k, v) = (join(|d| d.0.clone()), join(|d| d.1.clone()));
-        kernels::attention(q, k, v, &spans, &Spans::new(ends), options)
+        kernels::attention(q, k, v, &spans, &Spans::from_lengths(lengths), options)
     }
 
     /// Runs the state changes of a site, in order, then shows the result to the listener.
@@ -318,20 +319,20 @@ impl<'a> Pass<'a> {
     }
 
     /// Returns the weight of a language head: packed, or with its changes.
-    fn head_weight(&mut self, name: &str) -> Result<HeadWeight> {
+    fn head_weight(&mut self, name: &str) -> Result<Table> {
         let tied = self.weights.describe(name)?.role == crate::spec::Role::Embedding;
         let holds = |change: &Box<dyn WeightChange>| !tied || change.follows_tie();
         if self.changes.of_weight(name).iter().any(holds) {
-            return Ok(HeadWeight::Trainable(self.changes.materialize(
+            return Ok(Table::Trainable(self.changes.materialize(
                 name,
                 self.weights,
                 &self.scope,
             )?));
         }
-        Ok(HeadWeight::Frozen(self.weights.matrix(name)?))
+        Ok(Table::Frozen(self.weights.matrix(name)?))
     }
 
-    fn language_head(&mut self) -> Result<(HeadWeight, HeadOptions)> {
+    fn language_head(&mut self) -> Result<(Table, HeadOptions)> {
         let Head::Language { weight, bias, soft_cap } = &self.weights.spec().head else {
             return Err(Error::Unsupported {
                 what: format!("next-token loss on {}", self.weights.spec().class),
@@ -355,7 +356,7 @@ impl<'a> Pass<'a> {
     /// If the model has no language head or its weight cannot be read.
     pub fn token_losses(&mut self, states: Tensor<2>) -> Result<Tensor<1>> {
         let (weight, options) = self.language_head()?;
-        Ok(kernels::token_losses(states, weight, &self.batch.targets, &options))
+        Ok(kernels::token_losses(states, &weight, &self.batch.targets, &options))
     }
 
     /// Computes the logits of some tokens.
@@ -380,13 +381,30 @@ impl<'a> Pass<'a> {
             states.clone().select(0, index)
         };
         let mut logits = match weight {
-            HeadWeight::Frozen(matrix) => kernels::linear_frozen(picked, &matrix, options.bias),
-            HeadWeight::Trainable(weight) => kernels::linear(picked, weight, options.bias),
+            Table::Frozen(matrix) => kernels::linear_frozen(picked, &matrix, options.bias),
+            Table::Trainable(weight) => kernels::linear(picked, weight, options.bias),
         };
         if let Some(cap) = options.soft_cap {
             logits = logits.div_scalar(cap).tanh().mul_scalar(cap);
         }
         Ok(logits)
+    }
+
+    /// Returns how many random draws were made, for [`Pass::remember`].
+    pub fn mark(&self) -> u64 {
+        self.scope.draws()
+    }
+
+    /// Notes that layer `index` began at `mark`, so that running it again draws the same numbers.
+    pub fn remember(&mut self, index: usize, mark: u64) {
+        self.marks.insert(index, mark);
+    }
+
+    /// Goes back to where layer `index` began.
+    pub fn recall(&mut self, index: usize) {
+        if let Some(mark) = self.marks.get(&index) {
+            self.scope.set_draws(*mark);
+        }
     }
 
     /// Returns the packed base of a linear layer, for methods that look at it.

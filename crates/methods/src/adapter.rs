@@ -1,0 +1,211 @@
+//! Adapter folders in the layout of the PEFT library, both directions.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use retune_core::method::Method;
+use retune_core::parameters::Parameters;
+use retune_core::spec::{Head, ModelSpec};
+use retune_core::{Error, Result};
+use retune_files::atomic::AtomicFolder;
+use retune_files::safetensors::SafetensorsFile;
+use serde_json::{Map, Value, json};
+
+use crate::registry;
+
+/// What PEFT puts before a module's path.
+pub const PREFIX: &str = "base_model.model.";
+
+const CONFIG: &str = "adapter_config.json";
+const TENSORS: &str = "adapter_model.safetensors";
+
+/// Returns the keys every `adapter_config.json` has.
+pub fn peft_config(peft_type: &str, spec: &ModelSpec) -> Map<String, Value> {
+    let task = match spec.head {
+        Head::Language { .. } => "CAUSAL_LM",
+        Head::Classes { .. } => "SEQ_CLS",
+        Head::Embedding => "FEATURE_EXTRACTION",
+    };
+    let mut map = Map::new();
+    for (key, value) in [
+        ("peft_type", json!(peft_type)),
+        ("task_type", json!(task)),
+        ("auto_mapping", Value::Null),
+        ("base_model_name_or_path", Value::Null),
+        ("revision", Value::Null),
+        ("inference_mode", json!(true)),
+        ("peft_version", json!("0.21.2")),
+    ] {
+        map.insert(key.to_owned(), value);
+    }
+    map
+}
+
+/// An adapter as it lies in a folder.
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    /// `adapter_config.json`.
+    pub config: Value,
+    /// Every tensor: name, shape, values in the orientation of the file.
+    pub tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+}
+
+/// The identity of the base a trained adapter is for, kept in the adapter's configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BaseIdentity {
+    /// The name the recipe used.
+    pub name: String,
+    /// SHA-256 over the base's weights.
+    pub fingerprint: String,
+}
+
+/// The key of [`BaseIdentity`] in `adapter_config.json`; PEFT drops keys it does not know.
+const IDENTITY: &str = "retune_base";
+
+impl Adapter {
+    /// Collects what a method trained.
+    pub fn collect(
+        method: &dyn Method,
+        spec: &ModelSpec,
+        parameters: &Parameters,
+        base: Option<&BaseIdentity>,
+    ) -> Result<Self> {
+        let mut config = method.adapter_config(spec).ok_or_else(|| Error::Unsupported {
+            what: format!("writing `{}` as an adapter", method.card().name),
+            help: "save the whole model instead (`retune export`)".to_owned(),
+        })?;
+        if let (Value::Object(map), Some(base)) = (&mut config, base) {
+            map.insert("base_model_name_or_path".to_owned(), json!(base.name));
+            map.insert(
+                IDENTITY.to_owned(),
+                json!({"name": base.name, "fingerprint": base.fingerprint}),
+            );
+        }
+        let tensors = parameters
+            .iter()
+            .map(|(id, p)| (p.name.clone(), (p.shape.clone(), parameters.values(id))))
+            .collect();
+        Ok(Self { config, tensors })
+    }
+
+    /// Reads a folder.
+    ///
+    /// # Errors
+    /// If a file is missing, damaged, or not of an adapter.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join(CONFIG);
+        let wrong = |what: &str, found: String| Error::Content {
+            path: path.clone(),
+            what: what.to_owned(),
+            expected: "the adapter_config.json of a PEFT adapter".to_owned(),
+            found,
+            help: "give the folder that holds adapter_config.json and adapter_model.safetensors"
+                .to_owned(),
+        };
+        let text = std::fs::read_to_string(&path)
+            .map_err(|error| wrong("the file cannot be read", error.to_string()))?;
+        let config: Value = serde_json::from_str(&text)
+            .map_err(|error| wrong("the file is not JSON", error.to_string()))?;
+        let file = SafetensorsFile::open(folder.join(TENSORS))?;
+        let mut tensors = BTreeMap::new();
+        for view in file.tensors() {
+            tensors.insert(view.name.to_owned(), (view.shape.to_vec(), view.to_f32()?));
+        }
+        Ok(Self { config, tensors })
+    }
+
+    /// Writes a folder; it is there whole or not at all.
+    ///
+    /// # Errors
+    /// If the disk is full or the place read-only.
+    pub fn write(&self, folder: &Path, card: &str) -> Result<()> {
+        let staging = AtomicFolder::create(folder)?;
+        let text = pretty_sorted(&self.config);
+        let fail = |error| staging.error(error);
+        std::fs::write(staging.path().join(CONFIG), text).map_err(fail)?;
+        std::fs::write(staging.path().join("README.md"), card).map_err(fail)?;
+        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+        let tensors = self
+            .tensors
+            .iter()
+            .map(|(name, (shape, values))| (name.as_str(), shape.as_slice(), values.as_slice()));
+        retune_files::safetensors::write_f32(&staging.path().join(TENSORS), tensors, &metadata)?;
+        staging.commit()?;
+        Ok(())
+    }
+
+    /// Returns the base this adapter was trained on, where the file says so.
+    pub fn base(&self) -> Option<BaseIdentity> {
+        let base = self.config.get(IDENTITY)?;
+        Some(BaseIdentity {
+            name: base.get("name")?.as_str()?.to_owned(),
+            fingerprint: base.get("fingerprint")?.as_str()?.to_owned(),
+        })
+    }
+
+    /// Returns the method this adapter was made with.
+    ///
+    /// # Errors
+    /// If the type is unknown, or a setting of it is not supported.
+    pub fn method(&self) -> Result<Box<dyn Method>> {
+        registry::from_adapter(&self.config)
+    }
+
+    /// Puts the adapter's values into parameters that its method has made.
+    ///
+    /// # Errors
+    /// [`Error::Content`] that lists every tensor that is missing, surplus or misshapen.
+    pub fn fill(&self, folder: &Path, parameters: &mut Parameters) -> Result<()> {
+        let mut wrong = Vec::new();
+        let known: Vec<_> = parameters
+            .iter()
+            .map(|(id, p)| (id, p.name.clone(), p.shape.clone()))
+            .collect();
+        for (id, name, shape) in &known {
+            match self.tensors.get(name) {
+                None => wrong.push(format!("`{name}` is missing")),
+                Some((found, _)) if found != shape => {
+                    wrong.push(format!("`{name}` has shape {found:?}, expected {shape:?}"));
+                }
+                Some((_, values)) => parameters.set(*id, values.clone())?,
+            }
+        }
+        for name in self.tensors.keys() {
+            // PEFT writes the frozen embedding beside a change of it; it is the base's own.
+            let carried = name.ends_with(".base_layer.weight");
+            if !carried && !known.iter().any(|(_, known, _)| known == name) {
+                wrong.push(format!("`{name}` belongs to nothing in this model"));
+            }
+        }
+        if wrong.is_empty() {
+            return Ok(());
+        }
+        let shown = wrong.len().min(8);
+        let mut found = wrong[..shown].join("\n    ");
+        if wrong.len() > shown {
+            found.push_str(&format!("\n    and {} more", wrong.len() - shown));
+        }
+        Err(Error::Content {
+            path: folder.to_path_buf(),
+            what: "the adapter does not fit this model".to_owned(),
+            expected: "every tensor of the adapter at its place in the base".to_owned(),
+            found,
+            help: "use the base the adapter was trained on".to_owned(),
+        })
+    }
+}
+
+/// Writes JSON with sorted keys and an indent of 2, as PEFT does.
+fn pretty_sorted(value: &Value) -> String {
+    fn sorted(value: &Value) -> Value {
+        match value {
+            Value::Object(map) => {
+                let ordered: BTreeMap<_, _> = map.iter().collect();
+                Value::Object(ordered.into_iter().map(|(k, v)| (k.clone(), sorted(v))).collect())
+            }
+            other => other.clone(),
+        }
+    }
+    serde_json::to_string_pretty(&sorted(value))
+        .unwrap_or_else(|error| unreachable!("a value is always JSON: {error}"))
+}

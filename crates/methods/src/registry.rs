@@ -1,0 +1,60 @@
+//! The list of methods: one line each, in the order they are shown to people.
+
+use retune_core::method::{Card, Method};
+use retune_core::names::nearest_list;
+use retune_core::{Error, Result};
+use retune_options::{OptionSpec, Options, Reader};
+use serde_json::Value;
+
+use crate::full::{self, Full};
+use crate::lora::{self, Lora};
+
+/// One method: what it is, how a recipe and an adapter file make it.
+#[derive(Debug, Clone, Copy)]
+pub struct Plugin {
+    /// Name, source, options.
+    pub card: Card,
+    /// Reads the method's table of a recipe.
+    pub read: fn(&mut Reader<'_>) -> Box<dyn Method>,
+    /// PEFT's name of the adapter type, and how its configuration is read.
+    pub adapter: Option<(&'static str, fn(&Value) -> Result<Box<dyn Method>>)>,
+}
+
+/// All methods.
+pub const METHODS: &[Plugin] = &[lora::PLUGIN, full::PLUGIN];
+
+/// Finds a method by the name a recipe uses.
+pub fn find(name: &str) -> Option<&'static Plugin> {
+    METHODS.iter().find(|plugin| plugin.card.name == name)
+}
+
+/// Returns all names, in the order they are shown.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    METHODS.iter().map(|plugin| plugin.card.name)
+}
+
+/// Makes the method of an `adapter_config.json`.
+///
+/// # Errors
+/// If the type is unknown, or asks for something that is not supported.
+pub fn from_adapter(config: &Value) -> Result<Box<dyn Method>> {
+    let wanted = config.get("peft_type").and_then(Value::as_str).unwrap_or_default();
+    let known = || METHODS.iter().filter_map(|plugin| plugin.adapter.map(|(name, _)| name));
+    let found = METHODS.iter().find_map(|plugin| plugin.adapter.filter(|(name, _)| *name == wanted));
+    match found {
+        Some((_, make)) => make(config),
+        None => Err(Error::Unsupported {
+            what: format!("an adapter of type `{wanted}`"),
+            help: format!(
+                "nearest: {}; this version reads {}",
+                nearest_list(wanted, known()),
+                known().collect::<Vec<_>>().join(", ")
+            ),
+        }),
+    }
+}
+
+/// Copies the specs of an options struct, in the form a [`Card`] holds.
+pub fn specs<T: Options>() -> Vec<OptionSpec> {
+    T::specs().to_vec()
+}

@@ -1,0 +1,259 @@
+//! The backprop learner: loss and gradients of one optimiser step.
+
+use crate::error::{Error, Result};
+use retune_core::batch::Batch;
+use retune_core::change::{Changes, Mode};
+use retune_core::model::{Model, Output};
+use retune_core::parameters::{Parameters, to_vec};
+use retune_core::pass::Pass;
+use retune_core::random::Seed;
+use retune_core::site::Site;
+use retune_core::spec::Head;
+use retune_core::weights::Weights;
+use tensor::{Gradients, Int, Tensor, TensorData, activation};
+
+/// The tuned model: frozen base, changes in force, and the numbers that train.
+#[derive(Debug, Clone, Copy)]
+pub struct Tuned<'a> {
+    /// The architecture.
+    pub model: &'a dyn Model,
+    /// The frozen base.
+    pub weights: &'a Weights,
+    /// What the method attached.
+    pub changes: &'a Changes,
+    /// What trains.
+    pub parameters: &'a Parameters,
+}
+
+impl Tuned<'_> {
+    /// Runs the model over `batch` without learning and gives its output and the open pass.
+    ///
+    /// # Errors
+    /// If the batch does not fit, or a weight cannot be read.
+    pub fn evaluate<'b, T>(
+        &'b self,
+        batch: &'b Batch,
+        read: impl FnOnce(&mut Pass<'b>, Output) -> retune_core::Result<T>,
+    ) -> Result<T> {
+        let mut pass =
+            Pass::new(self.weights, self.changes, self.parameters, batch, Mode::Evaluate)?;
+        let output = self.model.forward(&mut pass)?;
+        Ok(read(&mut pass, output)?)
+    }
+}
+
+/// Gradients of all parameters that train, in their order; nothing where none arrived.
+pub type FlatGradients = Vec<Option<Vec<f32>>>;
+
+/// What one optimiser step computed before anything moved.
+#[derive(Debug)]
+pub struct StepResult {
+    /// Mean loss per label over the whole step's batch.
+    pub loss: f64,
+    /// Gradient of that mean, per parameter.
+    pub gradients: FlatGradients,
+    /// Tokens read.
+    pub num_tokens: u64,
+    /// Labels that carried a loss.
+    pub num_labels: u64,
+}
+
+/// Settings of the learner.
+#[derive(Debug, Clone, Copy)]
+pub struct Backprop {
+    /// Seed of dropout.
+    pub seed: Seed,
+    /// Runs each layer again in the backward pass instead of keeping its activations.
+    pub recompute: bool,
+}
+
+impl Backprop {
+    /// Computes the loss and gradients of one step over `micro_batches`.
+    ///
+    /// Each label weighs the same whatever micro-batch it lies in, so that accumulation gives the
+    /// numbers of the undivided batch.
+    ///
+    /// # Errors
+    /// [`Error::NothingToLearn`] if there is no label at all; those of the model.
+    pub fn step(&self, tuned: &Tuned<'_>, micro_batches: &[Batch], step: u64) -> Result<StepResult> {
+        let head = &tuned.model.spec().head;
+        let num_labels: usize = micro_batches.iter().map(|batch| batch.num_labels(head)).sum();
+        if num_labels == 0 {
+            return Err(Error::NothingToLearn { step: step + 1, rows: row_list(micro_batches) });
+        }
+        let mut result = StepResult {
+            loss: 0.0,
+            gradients: Vec::new(),
+            num_tokens: 0,
+            num_labels: num_labels as u64,
+        };
+        result.gradients.resize_with(tuned.parameters.iter().count(), || None);
+        for (index, batch) in micro_batches.iter().enumerate() {
+            result.num_tokens += batch.num_tokens() as u64;
+            if batch.num_labels(head) == 0 {
+                continue;
+            }
+            let mode = Mode::Train { seed: self.seed, pass: (step << 16) | index as u64 };
+            let mut pass =
+                Pass::new(tuned.weights, tuned.changes, tuned.parameters, batch, mode)?;
+            let scale = 1.0 / num_labels as f64;
+            let sink = &mut result.gradients;
+            let loss = if self.recompute {
+                recomputed(tuned, &mut pass, scale, sink)?
+            } else {
+                kept(tuned, &mut pass, scale, sink)?
+            };
+            result.loss += loss * scale;
+        }
+        Ok(result)
+    }
+}
+
+/// Names the rows of a step's batch, at most 20 of them.
+pub fn row_list(batches: &[Batch]) -> String {
+    let rows: Vec<usize> = batches.iter().flat_map(|batch| batch.rows.iter().copied()).collect();
+    let mut text = rows.iter().take(20).map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    if rows.len() > 20 {
+        text.push_str(&format!(" and {} more", rows.len() - 20));
+    }
+    text
+}
+
+/// Sums the losses of a batch's labels.
+fn summed_loss(pass: &mut Pass<'_>, output: Output) -> retune_core::Result<Tensor<1>> {
+    match output {
+        Output::States(states) => Ok(pass.token_losses(states)?.sum()),
+        Output::Classes(logits) => Ok(class_losses(logits, &pass.batch().classes).sum()),
+        Output::Embeddings(_) => Err(retune_core::Error::Unsupported {
+            what: "training on document vectors".to_owned(),
+            help: "train this model as a classifier: give the data labels".to_owned(),
+        }),
+    }
+}
+
+/// Computes the cross-entropy of each document with its class, 0 where it has none.
+///
+/// # Shapes
+/// - `logits`: `[documents, classes]`
+/// - returns: `[documents]`
+pub fn class_losses(logits: Tensor<2>, classes: &[Option<u32>]) -> Tensor<1> {
+    let device = logits.clone().inner().device();
+    let count = classes.len();
+    let index: Vec<i32> = classes.iter().map(|c| c.unwrap_or(0) as i32).collect();
+    let counts: Vec<f32> = classes.iter().map(|c| f32::from(u8::from(c.is_some()))).collect();
+    let index = Tensor::<2, Int>::from_data(TensorData::new(index, [count, 1]), &device);
+    let counts = Tensor::<1>::from_data(TensorData::new(counts, [count]), &device);
+    let picked = activation::log_softmax(logits, 1).gather(1, index).reshape([count]);
+    picked.neg() * counts
+}
+
+/// One forward and backward pass with all activations kept.
+fn kept(
+    tuned: &Tuned<'_>,
+    pass: &mut Pass<'_>,
+    scale: f64,
+    sink: &mut FlatGradients,
+) -> Result<f64> {
+    let output = tuned.model.forward(pass)?;
+    let loss = summed_loss(pass, output)?;
+    let value = scalar(&loss);
+    if loss.is_tracked() {
+        collect(tuned.parameters, loss.mul_scalar(scale).backward(), sink);
+    }
+    Ok(value)
+}
+
+/// One forward pass that keeps the input of each layer only, and a backward pass that runs each
+/// layer again on its own: memory of one layer's activations, at the cost of a second forward.
+fn recomputed(
+    tuned: &Tuned<'_>,
+    pass: &mut Pass<'_>,
+    scale: f64,
+    sink: &mut FlatGradients,
+) -> Result<f64> {
+    let model = tuned.model;
+    let num_layers = model.spec().num_layers;
+    // The embedding's own graph is kept: its output is the first layer's input.
+    let embedded = model.embed(pass)?;
+    let embedded = pass.at(Site::Embedding, embedded);
+    let mut inputs = vec![embedded.clone().inner()];
+    for index in 0..num_layers {
+        let mark = pass.mark();
+        let out = model.block(pass, index, inputs[index].clone())?.inner();
+        inputs.push(out);
+        pass.remember(index, mark);
+    }
+    let last = leaf(&inputs[num_layers]);
+    let output = model.finish(pass, last.clone())?;
+    let loss = summed_loss(pass, output)?;
+    let value = scalar(&loss);
+    let mut gradients = loss.mul_scalar(scale).backward();
+    let mut upstream = last.grad_remove(&mut gradients);
+    collect(tuned.parameters, gradients, sink);
+    inputs.pop();
+    let lowest = lowest_changed_layer(tuned);
+    for index in (0..num_layers).rev() {
+        let Some(gradient) = upstream else { return Ok(value) };
+        let Some(input) = inputs.pop() else { return Ok(value) };
+        // Below the lowest change nothing trains, unless the embedding does.
+        if index < lowest && !embedded.is_tracked() {
+            return Ok(value);
+        }
+        let input = leaf(&input);
+        pass.recall(index);
+        let out = model.block(pass, index, input.clone())?;
+        let mut gradients = (out * gradient).sum().backward();
+        upstream = input.grad_remove(&mut gradients);
+        collect(tuned.parameters, gradients, sink);
+    }
+    if let Some(gradient) = upstream
+        && embedded.is_tracked()
+    {
+        collect(tuned.parameters, (embedded * gradient).sum().backward(), sink);
+    }
+    Ok(value)
+}
+
+/// Returns the lowest layer with a change that trains.
+fn lowest_changed_layer(tuned: &Tuned<'_>) -> usize {
+    let spec = tuned.model.spec();
+    let of_weights = tuned
+        .changes
+        .changed_weights()
+        .filter_map(|name| spec.weight(name).and_then(|weight| weight.layer));
+    let of_sites = tuned.changes.changed_sites().filter_map(Site::layer);
+    of_weights.chain(of_sites).min().unwrap_or(spec.num_layers)
+}
+
+fn leaf(x: &Tensor<2>) -> Tensor<2> {
+    Tensor::from_data(x.to_data(), &x.device().autodiff()).require_grad()
+}
+
+fn scalar(loss: &Tensor<1>) -> f64 {
+    f64::from(to_vec(loss.clone().inner()).first().copied().unwrap_or(f32::NAN))
+}
+
+/// Adds the gradients of one backward pass to those collected so far.
+fn collect(parameters: &Parameters, mut gradients: Gradients, sink: &mut FlatGradients) {
+    for ((id, parameter), slot) in parameters.iter().zip(sink) {
+        if !parameter.trains {
+            continue;
+        }
+        let Some(gradient) = parameters.take_gradient(id, &mut gradients) else { continue };
+        match slot {
+            None => *slot = Some(gradient),
+            Some(sum) => sum.iter_mut().zip(gradient).for_each(|(sum, g)| *sum += g),
+        }
+    }
+}
+
+/// Returns the norm over all gradients together.
+pub fn global_norm(gradients: &FlatGradients) -> f64 {
+    let squares = gradients.iter().flatten().map(|g| retune_core::kernels::squared_norm(g));
+    squares.sum::<f64>().sqrt()
+}
+
+/// Returns whether the head predicts tokens.
+pub fn is_language(head: &Head) -> bool {
+    matches!(head, Head::Language { .. })
+}
