@@ -139,9 +139,7 @@ impl<'d> Reader<'d> {
         let path = self.join(name);
         let how = match variants {
             [only] => format!("write `[{path}.{}]`", write::key(only)),
-            [first, ..] => {
-                format!("write `[{path}.{}]` or another of {}", write::key(first), list(variants))
-            }
+            [_, ..] => format!("write `[{path}.<name>]`, the name one of {}", list(variants)),
             [] => String::new(),
         };
         let Some(item) = self.item(name) else {

@@ -77,7 +77,7 @@ pub(crate) struct Source {
 /// Whether a rendered report carries terminal colours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Style {
-    /// ASCII text only.
+    /// Text without terminal codes.
     Plain,
     /// ANSI colours.
     Coloured,
