@@ -21,6 +21,10 @@ pub enum Error {
     #[error(transparent)]
     Blocks(#[from] retune_files::ggml::GgmlError),
 
+    /// A matrix cannot be kept in the form asked for.
+    #[error(transparent)]
+    Matrix(#[from] retune_kernels::matrix::PackedMatrixError),
+
     /// A file or folder cannot be written.
     #[error(transparent)]
     Write(#[from] retune_files::atomic::WriteError),

@@ -3,10 +3,14 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use crate::batch::Batch;
+use crate::change::{Changes, Mode};
 use crate::error::Result;
-use crate::pass::Pass;
+use crate::parameters::Parameters;
+use crate::pass::{KeyValueCache, Pass};
 use crate::site::Site;
 use crate::spec::ModelSpec;
+use crate::weights::Weights;
 use tensor::Tensor;
 
 /// What a model computes for a batch.
@@ -71,5 +75,41 @@ pub trait Model: Debug + Send + Sync {
             x = self.block(pass, index, x)?;
         }
         self.finish(pass, x)
+    }
+}
+
+/// The tuned model: frozen base, changes in force, and the numbers that train.
+#[derive(Debug, Clone, Copy)]
+pub struct Tuned<'a> {
+    /// The architecture.
+    pub model: &'a dyn Model,
+    /// The frozen base.
+    pub weights: &'a Weights,
+    /// What the method attached.
+    pub changes: &'a Changes,
+    /// What trains.
+    pub parameters: &'a Parameters,
+}
+
+impl Tuned<'_> {
+    /// Runs the model over `batch` without learning, and lets `read` look at what came out.
+    ///
+    /// With a cache, the batch continues what the cache holds.
+    ///
+    /// # Errors
+    /// If the batch does not fit, or a weight cannot be read; those of `read`.
+    pub fn evaluate<T>(
+        &self,
+        batch: &Batch,
+        cache: Option<&mut KeyValueCache>,
+        read: impl FnOnce(&mut Pass<'_>, Output) -> Result<T>,
+    ) -> Result<T> {
+        let mut pass =
+            Pass::new(self.weights, self.changes, self.parameters, batch, Mode::Evaluate)?;
+        if let Some(cache) = cache {
+            pass = pass.with_cache(cache);
+        }
+        let output = self.model.forward(&mut pass)?;
+        read(&mut pass, output)
     }
 }

@@ -8,16 +8,27 @@ use crate::error::{Error, Result};
 use crate::names::nearest_list;
 use crate::spec::{Kind, ModelSpec, WeightSpec};
 use retune_files::ggml::BlockType;
-use retune_kernels::matrix::{Arithmetic, Form, PackedMatrix};
+use retune_kernels::matrix::{Arithmetic, Form, PackedMatrix, SharedBytes};
 use tensor::{Device, Tensor, TensorData};
 
 /// One tensor as a checkpoint stores it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Clone)]
 pub enum Stored {
     /// Plain values in row-major order.
     Values(Vec<f32>),
     /// Quantised blocks, row by row, as a GGUF file has them.
-    Blocks(BlockType, Vec<u8>),
+    Blocks(BlockType, SharedBytes),
+}
+
+impl Debug for Stored {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Values(values) => write!(f, "Values({})", values.len()),
+            Self::Blocks(kind, bytes) => {
+                write!(f, "Blocks({kind:?}, {} bytes)", (**bytes).as_ref().len())
+            }
+        }
+    }
 }
 
 /// A checkpoint: named tensors that can be read one at a time.
@@ -154,7 +165,7 @@ impl Weights {
             Stored::Values(values) => values,
             Stored::Blocks(block, bytes) => {
                 let mut values = vec![0.0; weight.count()];
-                block.dequantize(&bytes, &mut values);
+                block.dequantize((*bytes).as_ref(), &mut values)?;
                 values
             }
         };
@@ -180,21 +191,16 @@ impl Weights {
             (false, _) | (_, Kind::Linear { transposed: true }) => None,
             _ => match self.source.read(name)? {
                 Stored::Blocks(block, bytes) => {
-                    Some(PackedMatrix::from_blocks(rows, columns, block, bytes, arithmetic))
+                    Some(PackedMatrix::from_blocks(rows, columns, block, bytes)?)
                 }
                 Stored::Values(_) => None,
             },
         };
-        let matrix = Arc::new(match blocks {
+        let matrix = match blocks {
             Some(matrix) => matrix,
-            None => PackedMatrix::from_f32(
-                rows,
-                columns,
-                self.values(name)?,
-                self.packing.form,
-                arithmetic,
-            ),
-        });
+            None => PackedMatrix::from_f32(rows, columns, self.values(name)?, self.packing.form)?,
+        };
+        let matrix = Arc::new(matrix.with_arithmetic(arithmetic));
         cache.insert(name.to_owned(), Arc::clone(&matrix));
         Ok(matrix)
     }

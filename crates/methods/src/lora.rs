@@ -1,7 +1,7 @@
 //! LoRA: a low-rank change beside each chosen weight, with rsLoRA and DoRA.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use retune_core::change::{Changes, Scope, WeightChange};
 use retune_core::kernels::matrix::PackedMatrix;
@@ -377,6 +377,7 @@ impl Method for Lora {
                     columns,
                     scale: pair.scale,
                     dropout: self.options.dropout,
+                    base_lengths: OnceLock::new(),
                 },
             );
         }
@@ -433,6 +434,15 @@ fn number(value: f64) -> Value {
     if value.fract() == 0.0 && value.abs() < 1e15 { json!(value as i64) } else { json!(value) }
 }
 
+fn squared_row_lengths(base: &PackedMatrix) -> Vec<f32> {
+    let mut row = vec![0.0; base.columns()];
+    let length = |index| {
+        base.row_into(index, &mut row);
+        row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() as f32
+    };
+    (0..base.rows()).map(length).collect()
+}
+
 fn row_lengths(values: &[f32], columns: usize) -> Vec<f32> {
     let length = |row: &[f32]| {
         row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt() as f32
@@ -452,6 +462,8 @@ struct LowRank {
     columns: usize,
     scale: f64,
     dropout: f64,
+    /// Squared lengths of the base's rows; the base is frozen, so they are counted once.
+    base_lengths: OnceLock<Vec<f32>>,
 }
 
 impl LowRank {
@@ -473,7 +485,7 @@ impl LowRank {
         let aa = a.clone().matmul(a.transpose());
         let cross = (wa * b.clone()).sum_dim(1).mul_scalar(2.0 * self.scale);
         let square = (b.clone().matmul(aa) * b).sum_dim(1).mul_scalar(self.scale * self.scale);
-        let lengths = base.squared_row_lengths();
+        let lengths = self.base_lengths.get_or_init(|| squared_row_lengths(base)).clone();
         let count = lengths.len();
         let own = Tensor::<1>::from_data(
             tensor::TensorData::new(lengths, [count]),

@@ -2,45 +2,13 @@
 
 use crate::error::{Error, Result};
 use retune_core::batch::Batch;
-use retune_core::change::{Changes, Mode};
-use retune_core::model::{Model, Output};
+use retune_core::change::Mode;
+use retune_core::model::{Output, Tuned};
 use retune_core::parameters::{Parameters, to_vec};
 use retune_core::pass::Pass;
 use retune_core::random::Seed;
 use retune_core::site::Site;
-use retune_core::spec::Head;
-use retune_core::weights::Weights;
 use tensor::{Gradients, Int, Tensor, TensorData, activation};
-
-/// The tuned model: frozen base, changes in force, and the numbers that train.
-#[derive(Debug, Clone, Copy)]
-pub struct Tuned<'a> {
-    /// The architecture.
-    pub model: &'a dyn Model,
-    /// The frozen base.
-    pub weights: &'a Weights,
-    /// What the method attached.
-    pub changes: &'a Changes,
-    /// What trains.
-    pub parameters: &'a Parameters,
-}
-
-impl Tuned<'_> {
-    /// Runs the model over `batch` without learning and gives its output and the open pass.
-    ///
-    /// # Errors
-    /// If the batch does not fit, or a weight cannot be read.
-    pub fn evaluate<'b, T>(
-        &'b self,
-        batch: &'b Batch,
-        read: impl FnOnce(&mut Pass<'b>, Output) -> retune_core::Result<T>,
-    ) -> Result<T> {
-        let mut pass =
-            Pass::new(self.weights, self.changes, self.parameters, batch, Mode::Evaluate)?;
-        let output = self.model.forward(&mut pass)?;
-        Ok(read(&mut pass, output)?)
-    }
-}
 
 /// Gradients of all parameters that train, in their order; nothing where none arrived.
 pub type FlatGradients = Vec<Option<Vec<f32>>>;
@@ -251,9 +219,4 @@ fn collect(parameters: &Parameters, mut gradients: Gradients, sink: &mut FlatGra
 pub fn global_norm(gradients: &FlatGradients) -> f64 {
     let squares = gradients.iter().flatten().map(|g| retune_core::kernels::squared_norm(g));
     squares.sum::<f64>().sqrt()
-}
-
-/// Returns whether the head predicts tokens.
-pub fn is_language(head: &Head) -> bool {
-    matches!(head, Head::Language { .. })
 }

@@ -5,7 +5,6 @@
 
 pub mod backprop;
 pub mod checkpoint;
-pub mod evaluate;
 pub mod optimizer;
 pub mod schedule;
 pub mod settings;

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::backprop::{Backprop, StepResult, Tuned, global_norm, row_list};
+use crate::backprop::{Backprop, StepResult, global_norm, row_list};
 use crate::checkpoint::{self, OptimizerState, State};
 use crate::error::{Error, Result};
 use crate::optimizer::{Optimizer, Step};
@@ -11,7 +11,7 @@ use retune_core::batch::Batch;
 use retune_core::change::Changes;
 use retune_core::event::{Event, Observer};
 use retune_core::method::{Method, StepView};
-use retune_core::model::Model;
+use retune_core::model::{Model, Tuned};
 use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
 use retune_core::weights::Weights;

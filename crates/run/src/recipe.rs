@@ -1,0 +1,225 @@
+//! The recipe: what a person wrote, with every mistake shown at once.
+
+use std::path::{Path, PathBuf};
+
+use retune_core::method::Method;
+use retune_methods::registry;
+use retune_options::{Bytes, Document, OneOrMany, Options, Reader, Report, choice, options};
+use retune_train::settings::TrainOptions;
+
+choice! {
+    /// Which tokens of a row are learned.
+    pub enum LossOn {
+        /// What the assistant says, each turn with its end token.
+        Assistant = "assistant",
+        /// The completion of a prompt.
+        Completion = "completion",
+        /// Every token.
+        All = "all",
+    }
+}
+
+choice! {
+    /// What happens to a row that is longer than `max_length`.
+    pub enum OnLong {
+        /// Its end is cut off, and counted.
+        Cut = "cut",
+        /// It is left out, and counted.
+        Drop = "drop",
+        /// The run stops.
+        Error = "error",
+    }
+}
+
+options! {
+    /// Where rows come from and what is learned of them.
+    pub struct DataOptions("data") {
+        /// File of training rows: JSONL, JSON, CSV or Parquet.
+        train: PathBuf;
+        /// File of rows the run is steered by (best checkpoint, early stopping).
+        validation: Option<PathBuf> = None;
+        /// Where there is no such file: fraction of the training rows held out.
+        validation_fraction: f64 = 0.05, in 0.0..=0.9;
+        /// File of rows that are only measured, before and after.
+        test: Option<PathBuf> = None;
+        /// Fields of a row, where they have other names: prompt, completion, text, label, messages.
+        columns: std::collections::BTreeMap<String, String>;
+        /// Text of the prompt, with fields in braces: `Question: {question}`.
+        prompt: Option<String> = None;
+        /// Which tokens are learned; by default assistant for conversations, completion for prompts,
+        /// all for plain text.
+        loss_on: Option<LossOn> = None;
+        /// System message put before conversations that have none.
+        system: Option<String> = None;
+        /// Longest row in tokens; by default the model's own limit, at most 2048.
+        max_length: Option<usize> = None, in 2..=1_048_576;
+        /// What happens to longer rows.
+        on_long: OnLong = OnLong::Cut;
+        /// Lays several rows into one of `max_length` tokens, each with its own attention.
+        packing: bool = false;
+        /// Skips broken lines and counts them, instead of stopping.
+        skip_broken: bool = false;
+        /// Draws rows in a new order each epoch.
+        shuffle: bool = true;
+        /// Uses the first rows only; 0 means all.
+        limit: usize = 0, in 0..=1_000_000_000;
+    }
+}
+
+choice! {
+    /// How the result is measured.
+    pub enum EvaluationKind {
+        /// Loss and perplexity of the learned tokens.
+        Loss = "loss",
+        /// The answer is generated and compared.
+        Generate = "generate",
+        /// Each possible answer is scored, and the likeliest taken.
+        Choice = "choice",
+    }
+}
+
+options! {
+    /// How the model is measured before and after.
+    pub struct EvaluateOptions("evaluate") {
+        /// How the result is measured, on the test rows (else the validation rows).
+        kind: EvaluationKind = EvaluationKind::Loss;
+        /// Rows measured at most.
+        rows: usize = 200, in 1..=1_000_000_000;
+        /// The answers a choice is made from; by default those seen in the training rows.
+        choices: Vec<String> = Vec::new();
+        /// Tokens generated at most.
+        max_new_tokens: usize = 64, in 1..=1_048_576;
+        /// Example answers shown before and after.
+        examples: usize = 3, in 0..=100;
+        /// Also measures the model before tuning.
+        before: bool = true;
+    }
+}
+
+choice! {
+    /// The arithmetic of products with frozen weights.
+    pub enum ArithmeticName {
+        /// 32-bit floats.
+        F32 = "f32",
+        /// Inputs rounded to bfloat16, sums in 32 bits; f32 where the processor cannot.
+        Bf16 = "bf16",
+    }
+}
+
+choice! {
+    /// In which form frozen weights stay in memory.
+    pub enum WeightsName {
+        /// 32-bit floats.
+        F32 = "f32",
+        /// bfloat16.
+        Bf16 = "bf16",
+        /// As the file stores them: the blocks of a GGUF file stay quantised.
+        Stored = "stored",
+    }
+}
+
+options! {
+    /// What the run may use of the machine.
+    pub struct ComputeOptions("compute") {
+        /// Arithmetic of products with frozen weights.
+        arithmetic: ArithmeticName = ArithmeticName::F32;
+        /// Form of frozen weights in memory.
+        weights: WeightsName = WeightsName::F32;
+        /// Memory the run may take, e.g. "4GiB"; layers are recomputed, or the plan refused, beyond it.
+        memory: Option<Bytes> = None;
+        /// Threads; 0 means one per core. The numbers do not depend on it.
+        threads: usize = 0, in 0..=4096;
+    }
+}
+
+/// A recipe as written.
+#[derive(Debug)]
+pub struct Recipe {
+    /// The run's name; runs are numbered beside it.
+    pub name: String,
+    /// A catalogue name, `hf:org/name`, a folder or a .gguf file.
+    pub model: String,
+    /// Where runs are kept.
+    pub runs: PathBuf,
+    /// The seed every random draw comes from.
+    pub seed: u64,
+    /// The `[data]` table.
+    pub data: DataOptions,
+    /// The `[method.*]` table.
+    pub method: Box<dyn Method>,
+    /// The method's name.
+    pub method_name: String,
+    /// The `[train]` table.
+    pub train: TrainOptions,
+    /// The `[evaluate]` table.
+    pub evaluate: EvaluateOptions,
+    /// The `[compute]` table.
+    pub compute: ComputeOptions,
+    /// Everything above with every default filled in.
+    pub resolved: String,
+}
+
+options! {
+    /// A whole recipe.
+    pub struct RecipeHead("recipe") {
+        /// A catalogue name, hf:org/name, a folder or a .gguf file.
+        model: String;
+        /// The run's name; by default the recipe file's.
+        name: Option<String> = None;
+        /// Where runs are kept.
+        runs: PathBuf = PathBuf::from("runs");
+        /// The seed every random draw comes from.
+        seed: u64 = 42;
+        /// Where rows come from and what is learned of them.
+        data: DataOptions;
+        /// How the run trains.
+        train: TrainOptions;
+        /// How the model is measured before and after.
+        evaluate: EvaluateOptions;
+        /// What the run may use of the machine.
+        compute: ComputeOptions;
+    }
+}
+
+impl Recipe {
+    /// Reads a recipe; `overrides` are `key.path=value` texts of the command line.
+    ///
+    /// # Errors
+    /// A report of all mistakes.
+    pub fn parse(file_name: &str, bytes: &[u8], overrides: &[String]) -> Result<(Self, Report), Report> {
+        let mut document = Document::parse_bytes(file_name, bytes)?;
+        for assignment in overrides {
+            document.set("command line", assignment)?;
+        }
+        let default_name = Path::new(file_name)
+            .file_stem()
+            .map_or_else(|| "run".to_owned(), |stem| stem.to_string_lossy().into_owned());
+        document.read(|reader| Self::read(reader, default_name))
+    }
+
+    fn read(reader: &mut Reader<'_>, default_name: String) -> Self {
+        let head = RecipeHead::read(reader);
+        let names: Vec<&str> = registry::names().collect();
+        let (method_name, method) = match reader.variant("method", &names) {
+            Some((name, mut part)) => {
+                let plugin = registry::find(&name)
+                    .unwrap_or_else(|| unreachable!("the reader only gives known names"));
+                (name, (plugin.read)(&mut part))
+            }
+            None => ("lora".to_owned(), Box::<retune_methods::lora::Lora>::default() as _),
+        };
+        Self {
+            name: head.name.clone().unwrap_or(default_name),
+            model: head.model.clone(),
+            runs: head.runs.clone(),
+            seed: head.seed,
+            data,
+            method,
+            method_name,
+            train,
+            evaluate,
+            compute,
+            resolved: String::new(),
+        }
+    }
+}
