@@ -1,1 +1,36 @@
 //! Fused tensor operations with a slow reference each, and packed frozen weights.
+//!
+//! Tokens of all documents of a batch lie one after another: activations are `[tokens, width]` and
+//! no operation knows padding. Every operation has two forms: a composition of tensor operations
+//! that works on every device and in every float type, and a fast path for `f32` on the CPU with
+//! its own backward. The public function picks; tests hold the one against the other.
+
+pub mod activation;
+pub mod adamw;
+pub mod attention;
+#[cfg(test)]
+mod check;
+pub mod embed;
+pub mod gated;
+pub mod head;
+pub mod layer_norm;
+pub mod matrix;
+pub mod rms_norm;
+pub mod rotary;
+mod spans;
+mod squared_norm;
+mod table;
+pub mod tape;
+
+pub use activation::{Activation, activate};
+pub use adamw::{AdamwStep, adamw};
+pub use attention::{AttentionOptions, attention};
+pub use embed::embed;
+pub use gated::gated;
+pub use head::{HeadOptions, token_losses};
+pub use layer_norm::layer_norm;
+pub use rms_norm::rms_norm;
+pub use rotary::{Rotation, rotary};
+pub use spans::{Spans, SpansError};
+pub use squared_norm::squared_norm;
+pub use table::Table;
