@@ -182,6 +182,14 @@ impl AtomicFile {
         Ok(Self { file, staged })
     }
 
+    /// Makes the file `bytes` long, filling with zeros.
+    ///
+    /// # Errors
+    /// The system's error; [`Self::error`] says what is preserved.
+    pub fn set_len(&self, bytes: u64) -> io::Result<()> {
+        self.file.set_len(bytes)
+    }
+
     /// Turns an error of writing into one that says what is preserved.
     pub fn error(&self, source: io::Error) -> WriteError {
         self.staged.error("write", source)

@@ -75,6 +75,14 @@ pub struct FileSlice {
     range: Range<usize>,
 }
 
+impl FileSlice {
+    /// Shares a range that is known to lie inside.
+    pub(crate) fn new(bytes: &FileBytes, range: Range<usize>) -> Self {
+        debug_assert!(bytes.get(range.clone()).is_some());
+        Self { bytes: bytes.clone(), range }
+    }
+}
+
 impl Deref for FileSlice {
     type Target = [u8];
 

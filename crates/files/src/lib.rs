@@ -6,8 +6,13 @@
 
 pub mod atomic;
 mod bytes;
+mod dtype;
 pub mod ggml;
 mod near;
 pub mod numbers;
+mod placed;
+pub mod safetensors;
 
 pub use bytes::{FileBytes, FileSlice};
+pub use dtype::{Dtype, EncodeError};
+pub use placed::{SaveError, TensorProblem};
