@@ -1,1 +1,18 @@
 //! Checkpoint files of the ecosystem: safetensors and GGUF, read by mmap, written atomically.
+//!
+//! Every reader treats its file as hostile: counts and lengths are checked before anything is
+//! allocated, and a malformed file gives an error that names the file, the tensor or key, what was
+//! expected, what was found and what to do.
+
+pub mod atomic;
+mod bytes;
+mod dtype;
+pub mod ggml;
+mod near;
+pub mod numbers;
+mod placed;
+pub mod safetensors;
+
+pub use bytes::{FileBytes, FileSlice};
+pub use dtype::{Dtype, EncodeError};
+pub use placed::{SaveError, TensorProblem};

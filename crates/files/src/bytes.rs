@@ -1,0 +1,129 @@
+//! The bytes of a file, mapped or held, shared without copying.
+
+use std::fs::File;
+use std::io;
+use std::ops::{Deref, Range};
+use std::path::Path;
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
+/// The whole content of a file: mapped into memory, or a buffer. Cloning shares it.
+#[derive(Clone, Debug)]
+pub struct FileBytes(Arc<Backing>);
+
+#[derive(Debug)]
+enum Backing {
+    Mapped(Mmap),
+    Held(Vec<u8>),
+}
+
+impl FileBytes {
+    /// Maps a file. Its pages are read when they are touched, and the kernel may drop them again.
+    ///
+    /// The file must not be cut short while it is mapped: reading past the new end stops the
+    /// process (`SIGBUS`). retune itself never writes a file in place, see [`crate::atomic`].
+    ///
+    /// # Errors
+    /// The system's error; [`io::ErrorKind::InvalidInput`] for a folder, pipe or device, which
+    /// cannot be mapped and might block for ever.
+    pub fn map(path: &Path) -> io::Result<Self> {
+        if !std::fs::metadata(path)?.is_file() {
+            let message = "not a regular file; give the path of the file itself";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        let file = File::open(path)?;
+        if file.metadata()?.len() == 0 {
+            return Ok(Self::from(Vec::new()));
+        }
+        // SAFETY: the map is read-only. Another program changing the file meanwhile could change
+        // the bytes seen here; no reader of this crate relies on reading the same bytes twice for
+        // its memory safety: lengths and offsets are copied out, checked against the length of
+        // the map and used as copied.
+        let map = unsafe { Mmap::map(&file)? };
+        Ok(Self(Arc::new(Backing::Mapped(map))))
+    }
+
+    /// Shares a part of the bytes, keeping the whole alive. `None` if `range` lies outside.
+    pub fn slice(&self, range: Range<usize>) -> Option<FileSlice> {
+        self.get(range.clone())?;
+        Some(FileSlice { bytes: self.clone(), range })
+    }
+}
+
+impl From<Vec<u8>> for FileBytes {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self(Arc::new(Backing::Held(bytes)))
+    }
+}
+
+impl Deref for FileBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match &*self.0 {
+            Backing::Mapped(map) => map,
+            Backing::Held(bytes) => bytes,
+        }
+    }
+}
+
+/// A part of a [`FileBytes`], for owners that outlive the reader: frozen weights of a model.
+#[derive(Clone, Debug)]
+pub struct FileSlice {
+    bytes: FileBytes,
+    range: Range<usize>,
+}
+
+impl FileSlice {
+    /// Shares a range that is known to lie inside.
+    pub(crate) fn new(bytes: &FileBytes, range: Range<usize>) -> Self {
+        debug_assert!(bytes.get(range.clone()).is_some());
+        Self { bytes: bytes.clone(), range }
+    }
+}
+
+impl Deref for FileSlice {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[self.range.clone()]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mapped_file_outlives_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x");
+        std::fs::write(&path, [1, 2, 3, 4]).unwrap();
+        let bytes = FileBytes::map(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let part = bytes.slice(1..3).unwrap();
+        assert_eq!(bytes[..], [1, 2, 3, 4]);
+        drop(bytes);
+        assert_eq!(part[..], [2, 3]);
+    }
+
+    #[test]
+    fn parts_outside_are_refused() {
+        let bytes = FileBytes::from(vec![0; 4]);
+        assert!(bytes.slice(4..4).is_some());
+        assert!(bytes.slice(3..5).is_none());
+        #[expect(clippy::reversed_empty_ranges, reason = "the reversed range is the case tested")]
+        let reversed = 3..2;
+        assert!(bytes.slice(reversed).is_none());
+    }
+
+    #[test]
+    fn an_empty_file_is_empty_and_a_folder_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("x"), []).unwrap();
+        assert!(FileBytes::map(&folder.path().join("x")).unwrap().is_empty());
+        let error = FileBytes::map(folder.path()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    }
+}

@@ -1,0 +1,341 @@
+//! Writing safetensors files, whole or tensor by tensor.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::header::{self, METADATA};
+use super::{INDEX_FILE, SINGLE_FILE};
+use crate::Dtype;
+use crate::atomic::write_file;
+use crate::placed::{PlacedFile, SaveError, TensorProblem};
+
+/// Name, type and shape of a tensor to be written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// Its name.
+    pub name: String,
+    /// The type of its numbers.
+    pub dtype: Dtype,
+    /// Its shape, slowest dimension first; empty for a scalar.
+    pub shape: Vec<usize>,
+}
+
+impl TensorSpec {
+    /// Puts the three together.
+    pub fn new(name: impl Into<String>, dtype: Dtype, shape: impl Into<Vec<usize>>) -> Self {
+        Self { name: name.into(), dtype, shape: shape.into() }
+    }
+}
+
+/// Everything about a file that is known before its first number.
+struct Layout<'a> {
+    specs: Vec<&'a TensorSpec>,
+    head: Vec<u8>,
+    spans: Vec<Range<u64>>,
+}
+
+impl<'a> Layout<'a> {
+    /// Orders tensors as the reference writer does, widest type first and then by name, which also
+    /// keeps every tensor aligned; loaders that view the file in place depend on it.
+    fn new(
+        path: &Path,
+        specs: impl Iterator<Item = &'a TensorSpec>,
+        metadata: &BTreeMap<String, String>,
+    ) -> Result<Self, SaveError> {
+        let mut specs: Vec<&TensorSpec> = specs.collect();
+        specs.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
+        let mut names: Vec<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
+        names.sort_unstable();
+        let fail = |name: &str, problem| Err(SaveError::tensor(path, name, problem));
+        if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+            return fail(pair[0], TensorProblem::Duplicate);
+        }
+        if names.contains(&METADATA) {
+            let why = "the format keeps it for the file's metadata";
+            return fail(METADATA, TensorProblem::Name(why));
+        }
+        let mut sizes = Vec::with_capacity(specs.len());
+        let mut total = 0usize;
+        for spec in &specs {
+            let bytes = header::byte_count(spec.dtype, &spec.shape);
+            let sum = bytes.and_then(|bytes| total.checked_add(bytes));
+            let (Some(bytes), Some(sum)) = (bytes, sum) else {
+                let why = "the file's size overflows".to_owned();
+                let shape = spec.shape.clone();
+                return fail(&spec.name, TensorProblem::Shape { shape, why });
+            };
+            sizes.push(bytes);
+            total = sum;
+        }
+        let fields = specs
+            .iter()
+            .zip(sizes)
+            .map(|(spec, bytes)| (spec.name.as_str(), spec.dtype, spec.shape.as_slice(), bytes));
+        let (head, spans) = header::build(fields, metadata);
+        if head.len() as u64 - 8 > header::MAX_HEADER_BYTES {
+            let message = format!(
+                "its header takes {} bytes, readers accept at most {}; split it into shards",
+                head.len() - 8,
+                header::MAX_HEADER_BYTES
+            );
+            return Err(SaveError::Unfit { file: path.to_path_buf(), message });
+        }
+        Ok(Self { specs, head, spans })
+    }
+
+    fn length(&self) -> u64 {
+        self.spans.last().map_or(self.head.len() as u64, |span| span.end)
+    }
+}
+
+/// Writes one safetensors file tensor by tensor, in any order, holding none of them.
+///
+/// The file appears when [`Self::finish`] returns; before that, or if the writer is dropped, the
+/// target is as it was. The bytes depend on tensors and metadata only, not on the order of writing.
+/// # Examples
+/// ```
+/// # use retune_files::{Dtype, safetensors::{SafetensorsFile, SafetensorsWriter, TensorSpec}};
+/// # let folder = tempfile::tempdir()?;
+/// # let path = folder.path().join("model.safetensors");
+/// let specs = [TensorSpec::new("a", Dtype::BF16, [2]), TensorSpec::new("b", Dtype::I32, [])];
+/// let mut writer = SafetensorsWriter::create(&path, &specs, &Default::default())?;
+/// writer.write("b", &7i32.to_le_bytes())?;
+/// writer.write_f32("a", &[0.5, -1.0])?;
+/// writer.finish()?;
+/// assert_eq!(SafetensorsFile::open(&path)?.tensor("b")?.to_i64()?, [7]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct SafetensorsWriter {
+    path: PathBuf,
+    file: PlacedFile,
+    dtypes: BTreeMap<String, Dtype>,
+}
+
+impl SafetensorsWriter {
+    /// Announces all tensors and starts the file.
+    ///
+    /// # Errors
+    /// [`SaveError`] for repeated names, sizes that overflow, or a target that cannot be written.
+    pub fn create(
+        path: &Path,
+        specs: &[TensorSpec],
+        metadata: &BTreeMap<String, String>,
+    ) -> Result<Self, SaveError> {
+        Self::start(path, specs.iter(), metadata)
+    }
+
+    fn start<'a>(
+        path: &Path,
+        specs: impl Iterator<Item = &'a TensorSpec>,
+        metadata: &BTreeMap<String, String>,
+    ) -> Result<Self, SaveError> {
+        let layout = Layout::new(path, specs, metadata)?;
+        let names = layout.specs.iter().map(|spec| spec.name.clone());
+        let spans = names.zip(layout.spans.iter().cloned());
+        let file = PlacedFile::create(path, &layout.head, spans, layout.length())?;
+        let dtypes = layout.specs.iter().map(|spec| (spec.name.clone(), spec.dtype)).collect();
+        Ok(Self { path: path.to_path_buf(), file, dtypes })
+    }
+
+    /// Writes a tensor's numbers as they are stored: row-major, little endian.
+    ///
+    /// # Errors
+    /// [`SaveError`] for a name not announced or already written, a wrong length, or a full disk.
+    pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<(), SaveError> {
+        self.file.write(name, bytes)
+    }
+
+    /// Writes `f32` values in the float type announced.
+    ///
+    /// # Errors
+    /// As [`Self::write`]; also for an integer type and for values beyond the type's range.
+    pub fn write_f32(&mut self, name: &str, values: &[f32]) -> Result<(), SaveError> {
+        // A name not announced gets its error from `write`.
+        let dtype = self.dtypes.get(name).copied().unwrap_or(Dtype::F32);
+        let bytes = dtype.encode(values).map_err(|e| SaveError::tensor(&self.path, name, e))?;
+        self.write(name, &bytes)
+    }
+
+    /// Flushes and publishes the file.
+    ///
+    /// # Errors
+    /// [`SaveError`] if a tensor was not written, or the system fails to flush.
+    pub fn finish(self) -> Result<(), SaveError> {
+        self.file.finish()
+    }
+}
+
+/// Writes a checkpoint as shards of limited size with an index, tensor by tensor, in any order.
+///
+/// Tensors fill the shards in alphabetical order; one larger than the limit gets its own. A
+/// checkpoint that fits one file becomes `model.safetensors` without an index. Each file appears
+/// whole; for a folder that appears whole, write into an
+/// [`AtomicFolder`](crate::atomic::AtomicFolder).
+#[derive(Debug)]
+pub struct ShardedWriter {
+    folder: PathBuf,
+    shards: Vec<SafetensorsWriter>,
+    index: Index,
+    places: BTreeMap<String, usize>,
+}
+
+/// The index file, fields in the order of the ecosystem's writer.
+#[derive(Debug, Serialize)]
+struct Index {
+    metadata: Totals,
+    weight_map: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Totals {
+    total_parameters: u64,
+    total_size: u64,
+}
+
+impl ShardedWriter {
+    /// Announces all tensors and starts the files in a folder that exists.
+    ///
+    /// # Errors
+    /// As [`SafetensorsWriter::create`].
+    pub fn create(
+        folder: &Path,
+        specs: &[TensorSpec],
+        metadata: &BTreeMap<String, String>,
+        max_shard_bytes: u64,
+    ) -> Result<Self, SaveError> {
+        // Checks the whole before it is cut: names must be unique across shards.
+        Layout::new(&folder.join(INDEX_FILE), specs.iter(), metadata)?;
+        let mut sorted: Vec<&TensorSpec> = specs.iter().collect();
+        sorted.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut groups: Vec<Vec<&TensorSpec>> = vec![Vec::new()];
+        let mut totals = Totals { total_parameters: 0, total_size: 0 };
+        let mut filled = 0u64;
+        for spec in sorted {
+            let bytes = header::byte_count(spec.dtype, &spec.shape).unwrap_or_default() as u64;
+            totals.total_size += bytes;
+            totals.total_parameters += bytes / spec.dtype.size() as u64;
+            let fits = filled.checked_add(bytes).is_some_and(|sum| sum <= max_shard_bytes);
+            if filled > 0 && !fits {
+                groups.push(Vec::new());
+                filled = 0;
+            }
+            filled += bytes;
+            if let Some(group) = groups.last_mut() {
+                group.push(spec);
+            }
+        }
+        let count = groups.len();
+        let mut shards = Vec::with_capacity(count);
+        let mut places = BTreeMap::new();
+        let mut weight_map = BTreeMap::new();
+        for (i, group) in groups.into_iter().enumerate() {
+            let name = if count == 1 {
+                SINGLE_FILE.to_owned()
+            } else {
+                format!("model-{:05}-of-{count:05}.safetensors", i + 1)
+            };
+            for spec in &group {
+                places.insert(spec.name.clone(), i);
+                weight_map.insert(spec.name.clone(), name.clone());
+            }
+            let shard = SafetensorsWriter::start(&folder.join(&name), group.into_iter(), metadata)?;
+            shards.push(shard);
+        }
+        let index = Index { metadata: totals, weight_map };
+        Ok(Self { folder: folder.to_path_buf(), shards, index, places })
+    }
+
+    /// Writes a tensor's numbers as they are stored: row-major, little endian.
+    ///
+    /// # Errors
+    /// As [`SafetensorsWriter::write`].
+    pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<(), SaveError> {
+        self.shard_of(name)?.write(name, bytes)
+    }
+
+    /// Writes `f32` values in the float type announced.
+    ///
+    /// # Errors
+    /// As [`SafetensorsWriter::write_f32`].
+    pub fn write_f32(&mut self, name: &str, values: &[f32]) -> Result<(), SaveError> {
+        self.shard_of(name)?.write_f32(name, values)
+    }
+
+    fn shard_of(&mut self, name: &str) -> Result<&mut SafetensorsWriter, SaveError> {
+        let Some(place) = self.places.get(name) else {
+            let near = crate::near::near(name, self.places.keys().map(String::as_str));
+            let path = self.folder.join(INDEX_FILE);
+            return Err(SaveError::tensor(&path, name, TensorProblem::Unknown { near }));
+        };
+        Ok(&mut self.shards[*place])
+    }
+
+    /// Flushes and publishes the shards, then the index.
+    ///
+    /// # Errors
+    /// As [`SafetensorsWriter::finish`]; nothing is published unless every tensor was written.
+    pub fn finish(self) -> Result<(), SaveError> {
+        for shard in &self.shards {
+            shard.file.check_complete()?;
+        }
+        let one_file = self.shards.len() == 1;
+        for shard in self.shards {
+            shard.finish()?;
+        }
+        if !one_file {
+            let path = self.folder.join(INDEX_FILE);
+            let mut json = serde_json::to_string_pretty(&self.index).map_err(|e| {
+                SaveError::Unfit { file: path.clone(), message: format!("bad index: {e}") }
+            })?;
+            json.push('\n');
+            write_file(&path, json.as_bytes())?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes a whole safetensors file in one step.
+///
+/// # Errors
+/// As [`SafetensorsWriter`].
+pub fn write_safetensors<B: AsRef<[u8]>>(
+    path: &Path,
+    tensors: &[(TensorSpec, B)],
+    metadata: &BTreeMap<String, String>,
+) -> Result<(), SaveError> {
+    let specs = tensors.iter().map(|(spec, _)| spec);
+    let mut writer = SafetensorsWriter::start(path, specs, metadata)?;
+    for (spec, bytes) in tensors {
+        writer.write(&spec.name, bytes.as_ref())?;
+    }
+    writer.finish()
+}
+
+/// Makes a safetensors file in memory.
+///
+/// # Errors
+/// [`SaveError`] for repeated names, sizes that overflow, or bytes that do not fill their shape.
+pub fn safetensors_bytes<B: AsRef<[u8]>>(
+    tensors: &[(TensorSpec, B)],
+    metadata: &BTreeMap<String, String>,
+) -> Result<Vec<u8>, SaveError> {
+    let path = Path::new("memory");
+    let layout = Layout::new(path, tensors.iter().map(|(spec, _)| spec), metadata)?;
+    let contents: BTreeMap<&str, &[u8]> =
+        tensors.iter().map(|(spec, bytes)| (spec.name.as_str(), bytes.as_ref())).collect();
+    let mut file = layout.head;
+    for (spec, span) in layout.specs.iter().zip(&layout.spans) {
+        let bytes = contents[spec.name.as_str()];
+        let (expected, got) = (span.end - span.start, bytes.len() as u64);
+        if expected != got {
+            let problem = TensorProblem::WrongLength { expected, got };
+            return Err(SaveError::tensor(path, &spec.name, problem));
+        }
+        file.extend_from_slice(bytes);
+    }
+    Ok(file)
+}
