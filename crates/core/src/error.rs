@@ -27,6 +27,10 @@ pub enum Error {
 
     /// A file or folder cannot be written.
     #[error(transparent)]
+    Save(#[from] retune_files::SaveError),
+
+    /// A file or folder cannot be published.
+    #[error(transparent)]
     Write(#[from] retune_files::atomic::WriteError),
 
     /// A file says something that does not fit together.

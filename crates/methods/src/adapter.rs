@@ -8,7 +8,8 @@ use retune_core::parameters::Parameters;
 use retune_core::spec::{Head, ModelSpec};
 use retune_core::{Error, Result};
 use retune_files::atomic::AtomicFolder;
-use retune_files::safetensors::SafetensorsFile;
+use retune_files::Dtype;
+use retune_files::safetensors::{SafetensorsFile, SafetensorsWriter, TensorSpec};
 use serde_json::{Map, Value, json};
 
 use crate::registry;
@@ -121,16 +122,22 @@ impl Adapter {
     pub fn write(&self, folder: &Path, card: &str) -> Result<()> {
         let staging = AtomicFolder::create(folder)?;
         let text = pretty_sorted(&self.config);
-        let fail = |error| staging.error(error);
-        std::fs::write(staging.path().join(CONFIG), text).map_err(fail)?;
-        std::fs::write(staging.path().join("README.md"), card).map_err(fail)?;
+        for (name, text) in [(CONFIG, text.as_str()), ("README.md", card)] {
+            std::fs::write(staging.path().join(name), text).map_err(|e| staging.error(e))?;
+        }
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-        let tensors = self
+        let specs: Vec<TensorSpec> = self
             .tensors
             .iter()
-            .map(|(name, (shape, values))| (name.as_str(), shape.as_slice(), values.as_slice()));
-        retune_files::safetensors::write_f32(&staging.path().join(TENSORS), tensors, &metadata)?;
-        staging.commit()?;
+            .map(|(name, (shape, _))| TensorSpec::new(name, Dtype::F32, shape.clone()))
+            .collect();
+        let file = staging.path().join(TENSORS);
+        let mut writer = SafetensorsWriter::create(&file, &specs, &metadata)?;
+        for (name, (_, values)) in &self.tensors {
+            writer.write_f32(name, values)?;
+        }
+        writer.finish()?;
+        staging.replace()?;
         Ok(())
     }
 

@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use retune_core::parameters::Parameters;
-use retune_files::atomic::AtomicFolder;
-use retune_files::safetensors::{SafeTensors, TensorToWrite, write_file};
+use retune_files::Dtype;
+use retune_files::atomic::{AtomicFolder, recover};
+use retune_files::safetensors::{SafetensorsFile, SafetensorsWriter, TensorSpec};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 const PARAMETERS: &str = "parameters.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -51,27 +53,43 @@ pub fn save(
 ) -> Result<PathBuf> {
     let path = folder(root, state.step);
     let staging = AtomicFolder::create(&path)?;
-    let tensors: Vec<TensorToWrite> = parameters
+    let specs: Vec<TensorSpec> = parameters
         .iter()
-        .map(|(id, p)| TensorToWrite::f32(p.name.clone(), p.shape.clone(), parameters.values(id)))
+        .map(|(_, p)| TensorSpec::new(&p.name, Dtype::F32, p.shape.clone()))
         .collect();
-    write_file(&staging.path().join(PARAMETERS), tensors, &BTreeMap::new())?;
-    let mut tensors = Vec::new();
-    for ((_, parameter), lists) in parameters.iter().zip(optimizer) {
-        for (name, list) in state_names.iter().zip(lists) {
-            let key = format!("{name}/{}", parameter.name);
-            tensors.push(TensorToWrite::f32(key, vec![list.len()], list.clone()));
-        }
+    let file = staging.path().join(PARAMETERS);
+    let mut writer = SafetensorsWriter::create(&file, &specs, &BTreeMap::new())?;
+    for (id, parameter) in parameters.iter() {
+        writer.write_f32(&parameter.name, &parameters.values(id))?;
     }
-    write_file(&staging.path().join(OPTIMIZER), tensors, &BTreeMap::new())?;
+    writer.finish()?;
+    let lists: Vec<(String, &Vec<f32>)> = parameters
+        .iter()
+        .zip(optimizer)
+        .flat_map(|((_, parameter), lists)| {
+            let keys = state_names.iter().map(|name| format!("{name}/{}", parameter.name));
+            keys.zip(lists).collect::<Vec<_>>()
+        })
+        .collect();
+    let specs: Vec<TensorSpec> = lists
+        .iter()
+        .map(|(key, list)| TensorSpec::new(key, Dtype::F32, vec![list.len()]))
+        .collect();
+    let file = staging.path().join(OPTIMIZER);
+    let mut writer = SafetensorsWriter::create(&file, &specs, &BTreeMap::new())?;
+    for (key, list) in &lists {
+        writer.write_f32(key, list)?;
+    }
+    writer.finish()?;
     for name in [PARAMETERS, OPTIMIZER] {
-        let hash = retune_files::sha256_file(&staging.path().join(name))?;
+        let hash = sha256(&staging.path().join(name)).map_err(|error| staging.error(error))?;
         state.hashes.insert(name.to_owned(), hash);
     }
     let text = serde_json::to_string_pretty(&state)
         .unwrap_or_else(|error| unreachable!("a state is always JSON: {error}"));
-    retune_files::atomic::write(&staging.path().join(STATE), text.as_bytes())?;
-    staging.publish()?;
+    std::fs::write(staging.path().join(STATE), text).map_err(|error| staging.error(error))?;
+    // A resumed run may save the same step again, with the same bits.
+    staging.replace()?;
     Ok(path)
 }
 
@@ -80,12 +98,59 @@ pub fn save(
 /// # Errors
 /// If the folder exists and cannot be read.
 pub fn list(root: &Path) -> Result<Vec<u64>> {
-    let mut steps: Vec<u64> = retune_files::list_folder(root)?
-        .iter()
-        .filter_map(|name| name.strip_prefix("step-")?.parse().ok())
-        .collect();
+    let entries = match std::fs::read_dir(root) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(unreadable(root, &error)),
+    };
+    let mut steps = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(|error| unreadable(root, &error))?.file_name();
+        let step = name.to_str().and_then(|name| name.strip_prefix("step-")?.parse().ok());
+        steps.extend(step);
+    }
     steps.sort_unstable_by(|a, b| b.cmp(a));
     Ok(steps)
+}
+
+fn unreadable(path: &Path, error: &std::io::Error) -> Error {
+    Error::Checkpoint {
+        path: path.to_path_buf(),
+        what: "cannot be read".to_owned(),
+        expected: "a readable file".to_owned(),
+        found: error.to_string(),
+        help: "check the permissions of the run folder".to_owned(),
+    }
+}
+
+/// Returns the SHA-256 of a file in hexadecimal.
+fn sha256(path: &Path) -> std::io::Result<String> {
+    let mut hasher = Sha256::new();
+    std::io::copy(&mut std::fs::File::open(path)?, &mut hasher)?;
+    Ok(format!("{:x}", hasher.finalize()))
+}
+
+/// Removes what a killed save left behind, and all but the newest `keep` checkpoints and `best`.
+///
+/// # Errors
+/// If the folder cannot be read or changed.
+pub fn tidy(root: &Path, keep: usize, best: Option<u64>) -> Result<()> {
+    for step in list(root)?.into_iter().skip(keep) {
+        if Some(step) != best {
+            let path = folder(root, step);
+            std::fs::remove_dir_all(&path).map_err(|error| unreadable(&path, &error))?;
+        }
+    }
+    Ok(())
+}
+
+/// Mends what a crash in the middle of [`save`] left at `step`.
+///
+/// # Errors
+/// If the folder cannot be changed.
+pub fn mend(root: &Path, step: u64) -> Result<()> {
+    recover(&folder(root, step))?;
+    Ok(())
 }
 
 /// Reads the newest checkpoint that is whole into `parameters`, and says which ones were passed
@@ -127,7 +192,8 @@ pub fn load_newest(
 
 /// Reads the state of one checkpoint and checks that its files are the ones that were written.
 fn read_whole(path: &Path) -> Result<State> {
-    let text = retune_files::read_to_string(&path.join(STATE))?;
+    let text = std::fs::read_to_string(path.join(STATE))
+        .map_err(|error| unreadable(&path.join(STATE), &error))?;
     let wrong = |what: String, expected: String, found: String| Error::Checkpoint {
         path: path.to_path_buf(),
         what,
@@ -139,7 +205,8 @@ fn read_whole(path: &Path) -> Result<State> {
         wrong(format!("{STATE} cannot be read"), "a whole JSON file".to_owned(), error.to_string())
     })?;
     for (name, expected) in &state.hashes {
-        let found = retune_files::sha256_file(&path.join(name))?;
+        let file = path.join(name);
+        let found = sha256(&file).map_err(|error| unreadable(&file, &error))?;
         if found != *expected {
             return Err(wrong(format!("{name} is not what was written"), expected.clone(), found));
         }
@@ -153,7 +220,7 @@ fn read_whole(path: &Path) -> Result<State> {
 /// If the checkpoint is damaged or belongs to another run.
 pub fn load_values(path: &Path, parameters: &mut Parameters) -> Result<()> {
     read_whole(path)?;
-    let values = SafeTensors::open(&path.join(PARAMETERS))?;
+    let values = SafetensorsFile::open(path.join(PARAMETERS))?;
     let ids: Vec<_> = parameters.iter().map(|(id, p)| (id, p.name.clone())).collect();
     for (id, name) in ids {
         parameters.set(id, values.tensor(&name)?.to_f32()?)?;
@@ -166,8 +233,8 @@ fn fill(
     parameters: &mut Parameters,
     state_names: &[&str],
 ) -> Result<OptimizerState> {
-    let values = SafeTensors::open(&path.join(PARAMETERS))?;
-    let moments = SafeTensors::open(&path.join(OPTIMIZER))?;
+    let values = SafetensorsFile::open(path.join(PARAMETERS))?;
+    let moments = SafetensorsFile::open(path.join(OPTIMIZER))?;
     let ids: Vec<_> = parameters.iter().map(|(id, p)| (id, p.name.clone(), p.trains)).collect();
     let mut optimizer = Vec::with_capacity(ids.len());
     for (id, name, trains) in ids {

@@ -19,6 +19,10 @@ pub enum Error {
 
     /// A checkpoint cannot be written.
     #[error(transparent)]
+    Save(#[from] retune_files::SaveError),
+
+    /// A file or folder cannot be published.
+    #[error(transparent)]
     Write(#[from] retune_files::atomic::WriteError),
 
     /// The loss or the gradient is not a number any more.

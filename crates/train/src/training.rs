@@ -311,12 +311,7 @@ impl<'a> Training<'a> {
         )?;
         observer.on_event(&Event::Saved { step: self.state.step, path });
         let best = self.state.best.map(|(_, step)| step);
-        for step in checkpoint::list(root)?.into_iter().skip(self.walk.keep_last) {
-            if Some(step) != best {
-                retune_files::remove_folder(&checkpoint::folder(root, step))?;
-            }
-        }
-        Ok(())
+        checkpoint::tidy(root, self.walk.keep_last, best)
     }
 
     /// Goes back to the values with the best validation loss, if they are not the present ones.
