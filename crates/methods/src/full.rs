@@ -18,9 +18,9 @@ options! {
     /// Trains the weights themselves.
     pub struct FullOptions("full") {
         /// Modules that train, by suffix or regular expression; empty means all.
-        targets: Vec<String> = Vec::new(),
+        targets: Vec<String> = Vec::new();
         /// Modules that stay frozen, matched the same way.
-        freeze: Vec<String> = Vec::new(),
+        freeze: Vec<String> = Vec::new();
     }
 }
 

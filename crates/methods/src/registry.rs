@@ -6,8 +6,8 @@ use retune_core::{Error, Result};
 use retune_options::{OptionSpec, Options, Reader};
 use serde_json::Value;
 
-use crate::full::{self, Full};
-use crate::lora::{self, Lora};
+use crate::full;
+use crate::lora;
 
 /// One method: what it is, how a recipe and an adapter file make it.
 #[derive(Debug, Clone, Copy)]

@@ -9,11 +9,11 @@ use tensor::Tensor;
 
 /// Collects weights in the order of the forward pass.
 #[derive(Debug, Default)]
-pub struct WeightList(pub Vec<WeightSpec>);
+pub(crate) struct WeightList(pub Vec<WeightSpec>);
 
 impl WeightList {
     /// Adds one weight.
-    pub fn add(
+    pub(crate) fn add(
         &mut self,
         name: impl Into<String>,
         shape: &[usize],
@@ -26,7 +26,7 @@ impl WeightList {
     }
 
     /// Adds a linear layer, with its bias if it has one.
-    pub fn linear(
+    pub(crate) fn linear(
         &mut self,
         module: &str,
         [outputs, inputs]: [usize; 2],
@@ -42,7 +42,7 @@ impl WeightList {
     }
 
     /// Adds a norm, with its bias if it has one.
-    pub fn norm(&mut self, module: &str, width: usize, bias: bool, layer: Option<usize>) {
+    pub(crate) fn norm(&mut self, module: &str, width: usize, bias: bool, layer: Option<usize>) {
         self.add(format!("{module}.weight"), &[width], Kind::Norm, Role::Norm, layer);
         if bias {
             self.add(format!("{module}.bias"), &[width], Kind::Bias, Role::Norm, layer);
@@ -50,14 +50,14 @@ impl WeightList {
     }
 
     /// Adds an embedding.
-    pub fn embedding(&mut self, module: &str, rows: usize, width: usize, role: Role) {
+    pub(crate) fn embedding(&mut self, module: &str, rows: usize, width: usize, role: Role) {
         self.add(format!("{module}.weight"), &[rows, width], Kind::Embedding, role, None);
     }
 }
 
 /// Norms of queries and keys per head, where a family has them.
 #[derive(Debug, Clone, Copy)]
-pub struct HeadNorm {
+pub(crate) struct HeadNorm {
     /// Under the root.
     pub epsilon: f64,
     /// Added to the gain.
@@ -68,7 +68,7 @@ pub struct HeadNorm {
 ///
 /// # Errors
 /// If a weight cannot be read.
-pub fn rotary_attention(
+pub(crate) fn rotary_attention(
     pass: &mut Pass<'_>,
     layer: usize,
     module: &str,
@@ -108,7 +108,7 @@ fn per_head(
 ///
 /// # Errors
 /// If a weight cannot be read.
-pub fn gated_feed_forward(
+pub(crate) fn gated_feed_forward(
     pass: &mut Pass<'_>,
     layer: usize,
     module: &str,

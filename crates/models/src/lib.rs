@@ -5,6 +5,7 @@
 
 pub mod config;
 mod decoder;
+pub mod folder;
 pub mod llama;
 mod rope;
 

@@ -12,7 +12,7 @@ use retune_core::pass::Rope;
 ///
 /// # Errors
 /// If a scaling is unknown or one of its numbers is missing.
-pub fn read(config: &Config, rotated: usize) -> Result<Rope> {
+pub(crate) fn read(config: &Config, rotated: usize) -> Result<Rope> {
     let parameters = config.part("rope_parameters").or_else(|| config.part("rope_scaling"));
     let theta = match &parameters {
         Some(part) => part.number("rope_theta")?,
@@ -29,7 +29,7 @@ pub fn read(config: &Config, rotated: usize) -> Result<Rope> {
 ///
 /// # Errors
 /// If the scaling is unknown or one of its numbers is missing.
-pub fn build(
+pub(crate) fn build(
     config: &Config,
     parameters: Option<&Config>,
     theta: f64,

@@ -103,10 +103,10 @@ pub fn list(root: &Path) -> Result<Vec<u64>> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(unreadable(root, &error)),
     };
-    let mut steps = Vec::new();
+    let mut steps: Vec<u64> = Vec::new();
     for entry in entries {
         let name = entry.map_err(|error| unreadable(root, &error))?.file_name();
-        let step = name.to_str().and_then(|name| name.strip_prefix("step-")?.parse().ok());
+        let step: Option<u64> = name.to_str().and_then(|name| name.strip_prefix("step-")?.parse().ok());
         steps.extend(step);
     }
     steps.sort_unstable_by(|a, b| b.cmp(a));
