@@ -1,1 +1,3 @@
 //! Recipe to plan to run folder to report.
+
+pub mod artefacts;

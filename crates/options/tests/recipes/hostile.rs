@@ -1,8 +1,11 @@
 //! Texts no person writes: nothing may panic or run out of stack.
 
-use crate::common::{Everything, LoraOptions};
+use crate::common::{Everything, LoraOptions, Schedule, read};
 use proptest::prelude::*;
-use retune_options::{Document, Options, Style, Table, to_toml};
+use retune_options::{
+    Bytes, Document, OneOrMany, Options, Pattern, Patterns, Portion, Style, Table, to_toml,
+};
+use std::time::Duration;
 
 fn survive(text: &str) {
     match Document::parse("recipe.toml", text) {
@@ -42,6 +45,11 @@ fn a_large_document_is_read_in_linear_time() {
     let text: String = (0..20_000).fold(String::new(), |text, n| text + &format!("key{n} = {n}\n"));
     let report = Document::parse("recipe.toml", &text).unwrap().read(LoraOptions::read);
     assert_eq!(report.unwrap_err().diagnostics().len(), 20_000);
+}
+
+/// A pattern that matches `word` itself.
+fn regex_of(word: &str) -> String {
+    word.escape_unicode().to_string()
 }
 
 /// Text that is nearly a recipe: pieces of TOML in any order.
@@ -125,6 +133,43 @@ proptest! {
         if let Err(report) = document.read(Everything::read) {
             render(&report);
         }
+    }
+
+    #[test]
+    fn any_options_written_and_read_are_the_same(
+        words in prop::collection::vec(any::<String>(), 4),
+        (seed, offset, memory, nanos, count) in any::<(u64, i64, u64, u64, u64)>(),
+        (flag, fraction, rank) in (any::<bool>(), 0.0..1.0, 1usize..=4096),
+        small in -f32::MAX..f32::MAX,
+        betas in prop::collection::vec(0.0..1.0, 0..4),
+    ) {
+        let lora = LoraOptions {
+            rank,
+            dropout: 0.5,
+            alpha: f64::MIN_POSITIVE + fraction,
+            targets: OneOrMany(words.clone()),
+            rank_pattern: Patterns(vec![(Pattern::new(&regex_of(&words[0])).unwrap(), rank)]),
+            name: Some(words[1].clone()),
+        };
+        let all = Everything {
+            model: words[2].clone(),
+            flag,
+            seed,
+            offset,
+            small,
+            folder: format!("a{}", words[3]).into(),
+            schedule: Schedule::Constant,
+            betas,
+            warmup: if flag { Portion::Count(count) } else { Portion::Fraction(fraction) },
+            memory: Bytes(memory),
+            limit: flag.then(|| Duration::from_nanos(nanos)),
+            mix: words.iter().map(|word| (word.clone(), fraction)).collect(),
+            frozen: None,
+            more: vec![lora.clone(), LoraOptions::default()],
+            lora,
+        };
+        let written = to_toml(&all.write());
+        prop_assert_eq!(read::<Everything>(&written).unwrap(), all, "{}", written);
     }
 
     #[test]
