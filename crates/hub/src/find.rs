@@ -251,9 +251,12 @@ impl Search<'_> {
                 }
             }
         }
-        let mut advice =
-            vec!["with a network: run the same command again; it is needed once".to_owned()];
+        let mut advice = Vec::new();
         if let Some(package) = &entry.package {
+            advice.push(
+                "with a network and Python's pip: run the same command again; both are needed once"
+                    .to_owned(),
+            );
             advice.push(format!(
                 "without: copy {} from a machine that has it",
                 package_folder(&self.environment.cache, package).display()

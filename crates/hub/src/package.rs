@@ -290,4 +290,43 @@ mod tests {
         assert_eq!(failure.reason, "/usr/bin/python3: No module named pip");
         assert_eq!(explain("", "exit status: 3").reason, "exit status: 3");
     }
+
+    #[cfg(unix)]
+    mod stand_in {
+        use std::os::unix::fs::PermissionsExt;
+
+        use super::*;
+
+        const PACKAGE: Package =
+            Package { name: "p", version: "1", bytes: 5, sha256: "", files: &[] };
+
+        /// Runs a shell script in pip's place.
+        fn run(script: &str) -> Result<PathBuf, PipFailure> {
+            let folder = tempfile::tempdir().unwrap();
+            let program = folder.path().join("pip");
+            std::fs::write(&program, format!("#!/bin/sh\n{script}")).unwrap();
+            std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+            run_pip(&[program.to_str().unwrap()], &PACKAGE, folder.path(), &mut ())
+        }
+
+        #[test]
+        fn the_wheel_it_leaves_is_taken() {
+            // The destination follows --dest, the requirement is last.
+            let wheel = run("while [ $# -gt 1 ]; do [ $1 = --dest ] && dest=$2; shift; done\n\
+                 [ $1 = p==1 ] && echo w > $dest/p-1.whl");
+            assert_eq!(wheel.ok().unwrap().file_name().unwrap(), "p-1.whl");
+        }
+
+        #[test]
+        fn its_failures_are_told_apart() {
+            let failure = run("echo 'ERROR: no such version' >&2; exit 1").err().unwrap();
+            assert!(failure.pip_works);
+            assert_eq!(failure.reason, "no such version");
+            let failure = run("exit 0").err().unwrap();
+            assert!(failure.reason.contains("no wheel"), "{}", failure.reason);
+            let folder = tempfile::tempdir().unwrap();
+            let missing = run_pip(&["/nowhere/pip"], &PACKAGE, folder.path(), &mut ());
+            assert_eq!(missing.err().unwrap().reason, "not installed");
+        }
+    }
 }
