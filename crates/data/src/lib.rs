@@ -3,6 +3,7 @@
 mod error;
 #[cfg(test)]
 mod fixtures;
+pub mod read;
 pub mod template;
 pub mod tokenizer;
 
