@@ -80,8 +80,9 @@ impl Record {
                 found.lines += usize::from(b == b'\n');
                 inside = match (inside, b) {
                     (Inside::Quotes, b'"') => Inside::QuoteInQuotes,
-                    (Inside::Quotes, _)
-                    | (Inside::FieldStart | Inside::QuoteInQuotes, b'"') => Inside::Quotes,
+                    (Inside::Quotes, _) | (Inside::FieldStart | Inside::QuoteInQuotes, b'"') => {
+                        Inside::Quotes
+                    }
                     (_, b'\n') => {
                         end = Some(at + 1);
                         break;

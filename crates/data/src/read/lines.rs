@@ -17,8 +17,8 @@ pub(super) fn scan(file: &File, scan: &mut Scan<'_>) -> Result<()> {
     let mut text = Vec::new();
     loop {
         text.clear();
-        let (read, complete) =
-            read_line(&mut reader, &mut text, scan.max_row_bytes).map_err(Error::io("read", scan.path))?;
+        let (read, complete) = read_line(&mut reader, &mut text, scan.max_row_bytes)
+            .map_err(Error::io("read", scan.path))?;
         if read == 0 {
             return Ok(());
         }

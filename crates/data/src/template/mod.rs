@@ -17,6 +17,7 @@ use minijinja::{Environment, ErrorKind};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::tokenizer::Tokenizer;
 pub use date::Date;
 use json::JsonStyle;
 
@@ -47,6 +48,22 @@ pub struct TemplateSettings {
     pub date: Option<Date>,
     /// Further variables, such as `enable_thinking`.
     pub variables: Map<String, Value>,
+}
+
+impl TemplateSettings {
+    /// Takes the special tokens' texts from a tokenizer.
+    pub fn of(tokenizer: &Tokenizer, date: Option<Date>) -> Self {
+        let text = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
+        let special = tokenizer.special();
+        Self {
+            bos_token: text(special.bos),
+            eos_token: text(special.eos),
+            pad_token: text(special.pad),
+            unk_token: text(special.unk),
+            date,
+            variables: Map::new(),
+        }
+    }
 }
 
 /// A conversation as templates see it.

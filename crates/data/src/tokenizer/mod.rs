@@ -138,26 +138,57 @@ impl Tokenizer {
         Ok(Encoded { ids, bytes, types })
     }
 
-    /// Encodes two texts as one sequence, as the checkpoint joins pairs (BERT: `[CLS] a [SEP] b
-    /// [SEP]` with token types 0 and 1). Byte ranges count within each text.
+    /// Encodes one text, or two as one sequence, for an encoder: with the tokens the checkpoint
+    /// puts around them (BERT: `[CLS] a [SEP] b [SEP]`, token types 0 and 1), cut so that the whole
+    /// has at most `max_tokens`. Of a pair, the longer text is cut first. Byte ranges count within
+    /// each text. Returns also the number of tokens cut.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] as for [`Self::encode`].
-    pub fn encode_pair(&self, first: &str, second: &str) -> Result<Encoded> {
+    /// [`Error::Tokenizer`] as for [`Self::encode`]; [`Error::Setting`] if `max_tokens` leaves no
+    /// room for any text.
+    pub fn encode_fitting(
+        &self,
+        first: &str,
+        second: Option<&str>,
+        max_tokens: usize,
+    ) -> Result<(Encoded, usize)> {
         let encode = |text| self.inner.encode(text, false).map_err(|e| self.failed(&*e));
-        let pair = [encode(first)?, encode(second)?];
+        let (mut first, mut second) = (encode(first)?, second.map(encode).transpose()?);
+        let pair = second.is_some();
+        let around = self.post_processor.as_ref().map_or(0, |p| p.added_tokens(pair));
+        let room = max_tokens.saturating_sub(around);
+        if room == 0 {
+            return Err(Error::Setting {
+                setting: "max_tokens",
+                problem: format!("{max_tokens} leaves no room beside {around} special tokens"),
+                hint: "allow more tokens per row".to_owned(),
+            });
+        }
+        let second_len = second.as_ref().map_or(0, Encoding::len);
+        let (keep_first, keep_second) = longest_first(first.len(), second_len, room);
+        let cut = first.len() + second_len - keep_first - keep_second;
+        let right = tokenizers::TruncationDirection::Right;
+        first.truncate(keep_first, 0, right);
+        if let Some(second) = &mut second {
+            second.truncate(keep_second, 0, right);
+        }
+        // What was cut must not come back as further sequences.
+        first.take_overflowing();
+        if let Some(second) = &mut second {
+            second.take_overflowing();
+        }
         let joined = match &self.post_processor {
             Some(processor) => {
-                let [first, second] = pair;
-                processor.process(first, Some(second), true).map_err(|e| self.failed(&*e))?
+                processor.process(first, second, true).map_err(|e| self.failed(&*e))?
             }
-            None => Encoding::merge(pair, false),
+            None => Encoding::merge(std::iter::once(first).chain(second), false),
         };
-        Ok(Encoded {
+        let encoded = Encoded {
             ids: joined.get_ids().to_vec(),
             bytes: joined.get_offsets().iter().map(|&(start, end)| start..end).collect(),
             types: joined.get_type_ids().iter().map(|&t| u8::from(t != 0)).collect(),
-        })
+        };
+        Ok((encoded, cut))
     }
 
     /// Decodes ids to text; ids the tokenizer does not have are left out.
@@ -296,6 +327,15 @@ impl Tokenizer {
             "the tokenizer files are damaged or of a kind not supported; get them again",
         )
     }
+}
+
+/// How much to keep of two texts in `room` tokens when always the longer one is cut.
+fn longest_first(first: usize, second: usize, room: usize) -> (usize, usize) {
+    if first + second <= room {
+        return (first, second);
+    }
+    let shorter = first.min(second).min(room / 2);
+    if first <= second { (shorter, room - shorter) } else { (room - shorter, shorter) }
 }
 
 /// What a post-processor puts around a single text, found by processing an empty one.

@@ -239,12 +239,26 @@ fn pairs_get_token_types() {
             "max_input_chars_per_word": 100, "vocab": vocabulary},
     });
     let tokenizer = Tokenizer::from_json(json.to_string().as_bytes(), "bert").unwrap();
-    let pair = tokenizer.encode_pair("Hi", "yous").unwrap();
+    let (pair, cut) = tokenizer.encode_fitting("Hi", Some("yous"), 64).unwrap();
+    assert_eq!(cut, 0);
     assert_eq!(pair.ids, [1, 3, 2, 4, 5, 2]);
     assert_eq!(pair.types, [0, 0, 0, 1, 1, 1]);
+    // The longer text is cut, the tokens around both stay.
+    let (pair, cut) = tokenizer.encode_fitting("hi", Some("yous hi hi"), 5).unwrap();
+    assert_eq!((pair.ids, pair.types, cut), (vec![1, 3, 2, 4, 2], vec![0, 0, 0, 1, 1], 3));
+    assert!(tokenizer.encode_fitting("hi", Some("hi"), 3).is_err());
     let one = tokenizer.encode("hi", true).unwrap();
     assert_eq!((one.ids, one.types), (vec![1, 3, 2], vec![0, 0, 0]));
     assert_eq!(tokenizer.token_text(5), "s");
+}
+
+#[test]
+fn the_longer_of_two_texts_is_cut_first() {
+    assert_eq!(longest_first(3, 4, 9), (3, 4));
+    assert_eq!(longest_first(3, 9, 8), (3, 5));
+    assert_eq!(longest_first(9, 3, 8), (5, 3));
+    assert_eq!(longest_first(9, 9, 7), (3, 4));
+    assert_eq!(longest_first(9, 0, 7), (7, 0));
 }
 
 #[test]
