@@ -1,0 +1,212 @@
+//! A data file prepared for one model: its rows, in memory or made anew when asked for.
+
+use crate::error::{Error, Result};
+use crate::labels::{LabelCollector, Labels};
+use crate::prepare::{Preparer, TokenRow};
+use crate::read::{Row, RowFile};
+use crate::shape::{Example, ShapeOptions, Shaper};
+use crate::statistics::Statistics;
+
+/// Rows from whose fields the shape is decided.
+const SAMPLE: usize = 100;
+
+/// Where prepared rows are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    /// In memory: 5 bytes a token, about 100 a row.
+    InMemory,
+    /// In the file: rows are read and tokenised again whenever they are asked for, at the price of
+    /// 8 bytes of memory a row.
+    OnDisk,
+}
+
+/// A prepared data set. Rows are numbered from 0 in the file's order, left-out rows not counted.
+#[derive(Debug)]
+pub struct Dataset {
+    file: RowFile,
+    shaper: Shaper,
+    preparer: Preparer,
+    labels: Option<Labels>,
+    /// The rows themselves, if they are kept in memory.
+    memory: Option<Vec<TokenRow>>,
+    /// Numbers of the kept rows in the file.
+    kept: Vec<u32>,
+    /// Tokens of each row.
+    lengths: Vec<u32>,
+    statistics: Statistics,
+}
+
+impl Dataset {
+    /// Prepares every row of a file once: finds the shape, tokenises, masks, cuts and counts.
+    ///
+    /// `labels` are those of the training data when this is validation data; collected otherwise.
+    ///
+    /// # Errors
+    /// [`Error::Row`] with the line of the first row that cannot be used; [`Error::File`] when no
+    /// row is left, or no row has a token to learn.
+    pub fn prepare(
+        file: RowFile,
+        shape: &ShapeOptions,
+        preparer: Preparer,
+        labels: Option<Labels>,
+        keep: Keep,
+    ) -> Result<Self> {
+        let sample: Vec<Row> = file.rows().take(SAMPLE).collect::<Result<_>>()?;
+        let shaper = Shaper::detect(file.path(), &sample, shape)?;
+        drop(sample);
+        let example_at = |index: usize| {
+            let row = file.read(index)?;
+            let example = shaper.example(&row).map_err(|e| e.at(file.path(), row.line))?;
+            Ok::<_, Error>((example, row.line))
+        };
+        let labels = match labels {
+            Some(labels) => Some(labels),
+            None => collect_labels(&file, example_at)?,
+        };
+        let mut statistics =
+            Statistics { rows_broken: file.skipped().len(), ..Statistics::default() };
+        let (mut memory, mut kept, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
+        for index in 0..file.len() {
+            let (example, line) = example_at(index)?;
+            let row = preparer
+                .row(&example, labels.as_ref(), line, &mut statistics)
+                .map_err(|e| e.at(file.path(), line))?;
+            let Some(row) = row else { continue };
+            lengths.push(row.ids.len() as u32);
+            kept.push(index as u32);
+            if keep == Keep::InMemory {
+                memory.push(row);
+            }
+        }
+        if lengths.is_empty() {
+            return Err(nothing_left(&file, &statistics));
+        }
+        let memory = (keep == Keep::InMemory).then_some(memory);
+        Ok(Self { file, shaper, preparer, labels, memory, kept, lengths, statistics })
+    }
+
+    /// The number of rows.
+    pub fn len(&self) -> usize {
+        self.lengths.len()
+    }
+
+    /// Always false: a data set without rows is not made.
+    pub fn is_empty(&self) -> bool {
+        self.lengths.is_empty()
+    }
+
+    /// The tokens of each row, for packing.
+    pub fn lengths(&self) -> &[u32] {
+        &self.lengths
+    }
+
+    /// Gets a row.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Row`] when rows are kept on disk and the file changed.
+    ///
+    /// # Panics
+    /// When `index` is not below [`Self::len`].
+    pub fn row(&self, index: usize) -> Result<TokenRow> {
+        if let Some(rows) = &self.memory {
+            return Ok(rows[index].clone());
+        }
+        let (example, line) = self.example(index)?;
+        let mut scratch = Statistics::default();
+        let row = self
+            .preparer
+            .row(&example, self.labels.as_ref(), line, &mut scratch)
+            .map_err(|e| e.at(self.file.path(), line))?;
+        row.filter(|row| row.ids.len() == self.lengths[index] as usize).ok_or_else(|| {
+            Error::row(
+                self.file.path(),
+                line,
+                "the row is not the one it was when the run was prepared",
+                "start again and leave the file alone",
+            )
+        })
+    }
+
+    /// The example a row was made from, with its line.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Row`] when the file changed.
+    ///
+    /// # Panics
+    /// When `index` is not below [`Self::len`].
+    pub fn example(&self, index: usize) -> Result<(Example, usize)> {
+        let row = self.file.read(self.kept[index] as usize)?;
+        let example = self.shaper.example(&row).map_err(|e| e.at(self.file.path(), row.line))?;
+        Ok((example, row.line))
+    }
+
+    /// The counts.
+    pub fn statistics(&self) -> &Statistics {
+        &self.statistics
+    }
+
+    /// What the rows were understood to be.
+    pub fn shaper(&self) -> &Shaper {
+        &self.shaper
+    }
+
+    /// What turned examples into rows.
+    pub fn preparer(&self) -> &Preparer {
+        &self.preparer
+    }
+
+    /// The labels of labelled data.
+    pub fn labels(&self) -> Option<&Labels> {
+        self.labels.as_ref()
+    }
+
+    /// The data file.
+    pub fn file(&self) -> &RowFile {
+        &self.file
+    }
+}
+
+/// Collects the labels of a labelled file; `None` for other shapes.
+fn collect_labels(
+    file: &RowFile,
+    example_at: impl Fn(usize) -> Result<(Example, usize)>,
+) -> Result<Option<Labels>> {
+    let mut collector = LabelCollector::default();
+    for index in 0..file.len() {
+        match example_at(index)?.0 {
+            Example::Labelled { label, .. } => collector.add(&label),
+            _ => return Ok(None),
+        }
+    }
+    let labels = collector.finish().map_err(|e| match e {
+        Error::Example { problem, hint } => Error::file(file.path(), problem, hint),
+        other => other,
+    })?;
+    Ok(Some(labels))
+}
+
+fn nothing_left(file: &RowFile, statistics: &Statistics) -> Error {
+    let (total, unlearned) = (file.len(), statistics.rows_without_learned_token);
+    if unlearned > 0 {
+        return Error::file(
+            file.path(),
+            format!(
+                "no token is left to learn: in {unlearned} of {total} rows the loss mask is empty"
+            ),
+            if statistics.rows_cut_learned > 0 {
+                "the answers stand behind the cut: raise max_tokens"
+            } else {
+                "check that rows have an assistant's answer, or learn from all tokens (loss_on = \
+                 \"all\")"
+            },
+        );
+    }
+    Error::file(
+        file.path(),
+        format!("all {total} rows are longer than max_tokens and left out"),
+        "raise max_tokens, or set too_long = \"cut\"",
+    )
+}
+
+#[cfg(test)]
+mod tests;
