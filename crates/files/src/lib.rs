@@ -8,6 +8,7 @@ pub mod atomic;
 mod bytes;
 mod dtype;
 pub mod ggml;
+pub mod gguf;
 mod near;
 pub mod numbers;
 mod placed;
