@@ -8,7 +8,7 @@ use crate::parameters::Parameters;
 use crate::random::Seed;
 use crate::spec::ModelSpec;
 use crate::weights::Weights;
-use retune_options::OptionSpec;
+use retune_options::{OptionSpec, Table};
 use serde_json::Value;
 
 /// What a method is, for help, documentation and model cards: one definition, all derived.
@@ -76,6 +76,12 @@ pub struct StepView<'a> {
 ///
 /// It knows no architecture; it looks at the [`ModelSpec`] only.
 pub trait Method: Debug + Send {
+    /// Returns the options with every default filled in.
+    fn options(&self) -> Table;
+
+    /// Copies the method with its options.
+    fn boxed_clone(&self) -> Box<dyn Method>;
+
     /// Describes the method.
     fn card(&self) -> Card;
 

@@ -42,6 +42,11 @@ pub trait WeightSource: Debug + Send + Sync {
     /// Returns a tensor's shape as stored, or nothing if there is no such tensor.
     fn shape(&self, name: &str) -> Option<Vec<usize>>;
 
+    /// Returns the bytes a tensor takes where it is stored in blocks, for forecasts.
+    fn stored_bytes(&self, _name: &str) -> Option<u64> {
+        None
+    }
+
     /// Reads a tensor.
     ///
     /// # Errors

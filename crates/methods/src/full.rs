@@ -8,7 +8,7 @@ use retune_core::spec::{ModelSpec, WeightSpec};
 use retune_core::targets::{Among, Targets};
 use retune_core::weights::Weights;
 use retune_core::{Error, Result};
-use retune_options::{Options, options};
+use retune_options::{Options, Table, options};
 use serde_json::Value;
 
 use crate::registry::{self, Plugin};
@@ -86,6 +86,14 @@ impl Full {
 }
 
 impl Method for Full {
+    fn options(&self) -> Table {
+        self.options.write()
+    }
+
+    fn boxed_clone(&self) -> Box<dyn Method> {
+        Box::new(self.clone())
+    }
+
     fn card(&self) -> Card {
         CARD
     }

@@ -13,7 +13,7 @@ use retune_core::spec::{Kind, ModelSpec, Role, WeightSpec};
 use retune_core::targets::{Among, Targets, pattern_value};
 use retune_core::weights::Weights;
 use retune_core::{Error, Result};
-use retune_options::{Choice, Options, choice, options};
+use retune_options::{Choice, Options, Table, choice, options};
 use serde_json::{Value, json};
 use tensor::Tensor;
 
@@ -240,6 +240,15 @@ impl Lora {
         Ok(pairs)
     }
 
+    /// Returns each targeted weight with the rank and scale of its change.
+    ///
+    /// # Errors
+    /// If a target matches nothing, or a rank is above the weight's.
+    pub fn scales<'a>(&self, spec: &'a ModelSpec) -> Result<Vec<(&'a WeightSpec, usize, f64)>> {
+        let pairs = self.pairs(spec)?;
+        Ok(pairs.into_iter().map(|pair| (pair.weight, pair.rank, pair.scale)).collect())
+    }
+
     /// Returns the weights that train whole: biases and `modules_to_save`.
     fn whole<'a>(&self, spec: &'a ModelSpec, pairs: &[Pair<'a>]) -> Result<Vec<(String, &'a WeightSpec)>> {
         let mut whole = Vec::new();
@@ -317,6 +326,14 @@ fn pair_parameters(pair: &Pair<'_>, options: &LoraOptions) -> Vec<PlannedParamet
 }
 
 impl Method for Lora {
+    fn options(&self) -> Table {
+        self.options.write()
+    }
+
+    fn boxed_clone(&self) -> Box<dyn Method> {
+        Box::new(self.clone())
+    }
+
     fn card(&self) -> Card {
         CARD
     }

@@ -1,3 +1,21 @@
 //! Recipe to plan to run folder to report.
+//!
+//! [`recipe`] is what a person wrote, [`plan`] what it means, [`prepare`] everything before step 1,
+//! [`execute`] the walk itself, [`folder`] what is left behind.
 
 pub mod artefacts;
+mod builtin;
+pub mod card;
+pub mod environment;
+mod error;
+pub mod execute;
+pub mod export;
+pub mod folder;
+pub mod measure;
+pub mod open;
+pub mod plan;
+pub mod prepare;
+pub mod recipe;
+pub mod rows;
+
+pub use error::{Error, Result};

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use retune_core::method::Method;
 use retune_methods::registry;
-use retune_options::{Bytes, Document, OneOrMany, Options, Reader, Report, choice, options};
+use retune_options::{Bytes, Document, Options, Reader, Report, Table, choice, options, to_toml};
 use retune_train::settings::TrainOptions;
 
 choice! {
@@ -182,6 +182,20 @@ options! {
 }
 
 impl Recipe {
+    /// Returns every setting as a dotted name and its value, in the order of the resolved recipe.
+    pub fn settings(&self) -> Vec<(String, String)> {
+        let mut list = Vec::new();
+        let mut section = String::new();
+        for line in self.resolved.lines() {
+            if let Some(name) = line.strip_prefix('[').and_then(|line| line.strip_suffix(']')) {
+                section = format!("{name}.");
+            } else if let Some((key, value)) = line.split_once(" = ") {
+                list.push((format!("{section}{key}"), value.to_owned()));
+            }
+        }
+        list
+    }
+
     /// Reads a recipe; `overrides` are `key.path=value` texts of the command line.
     ///
     /// # Errors
@@ -200,6 +214,7 @@ impl Recipe {
     fn read(reader: &mut Reader<'_>, default_name: String) -> Self {
         let head = RecipeHead::read(reader);
         let names: Vec<&str> = registry::names().collect();
+        let mut resolved = head.write();
         let (method_name, method) = match reader.variant("method", &names) {
             Some((name, mut part)) => {
                 let plugin = registry::find(&name)
@@ -208,18 +223,22 @@ impl Recipe {
             }
             None => ("lora".to_owned(), Box::<retune_methods::lora::Lora>::default() as _),
         };
+        let mut methods = Table::default();
+        methods.insert(method_name.clone(), method.options());
+        resolved.insert("method", methods);
+        let resolved = to_toml(&resolved);
         Self {
             name: head.name.clone().unwrap_or(default_name),
             model: head.model.clone(),
             runs: head.runs.clone(),
             seed: head.seed,
-            data,
+            data: head.data,
             method,
             method_name,
-            train,
-            evaluate,
-            compute,
-            resolved: String::new(),
+            train: head.train,
+            evaluate: head.evaluate,
+            compute: head.compute,
+            resolved,
         }
     }
 }

@@ -13,6 +13,10 @@ pub enum Error {
     #[error(transparent)]
     Core(#[from] retune_core::Error),
 
+    /// The rows of a step cannot be read.
+    #[error("{0}")]
+    Data(Box<dyn std::error::Error + Send + Sync>),
+
     /// A checkpoint's tensors cannot be read.
     #[error(transparent)]
     Safetensors(#[from] retune_files::safetensors::SafetensorsError),

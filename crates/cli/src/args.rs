@@ -1,0 +1,192 @@
+//! Arguments. Help, completions and the man page follow from these definitions.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Tunes pretrained models without Python: few parameters, chosen settings, an ordinary processor.
+#[derive(Debug, Parser)]
+#[command(name = "retune", version, propagate_version = true, arg_required_else_help = true)]
+pub(crate) struct Arguments {
+    /// Prints JSON for machines instead of text.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// One command.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Tunes a model as a recipe says: measures, trains, measures, reports.
+    Run(RecipeArguments),
+    /// Shows what a run would do, without doing it.
+    Plan(RecipeArguments),
+    /// Goes on with an interrupted run.
+    Resume {
+        /// The run's folder.
+        run: PathBuf,
+    },
+    /// Measures a model, with or without an adapter, on a recipe's held-out rows.
+    Eval {
+        /// The recipe.
+        #[command(flatten)]
+        recipe: RecipeArguments,
+        /// An adapter folder; the base alone where absent.
+        #[arg(long)]
+        adapter: Option<PathBuf>,
+        /// Uses an adapter of another base.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Talks with a model.
+    Chat(ModelArguments),
+    /// Continues a prompt.
+    Generate {
+        /// The model.
+        #[command(flatten)]
+        model: ModelArguments,
+        /// The prompt; `-` reads standard input.
+        #[arg(long)]
+        prompt: String,
+        /// Gives the prompt as it is, without the chat template.
+        #[arg(long)]
+        raw: bool,
+    },
+    /// Computes logits of token ids in a file, to compare with another tool.
+    Logits {
+        /// Catalogue name, hf:org/name, folder or .gguf file.
+        #[arg(long)]
+        model: String,
+        /// An adapter folder.
+        #[arg(long)]
+        adapter: Option<PathBuf>,
+        /// A safetensors file with `input_ids` [B, T] and, where needed, `attention_mask` and
+        /// `token_type_ids`.
+        #[arg(long)]
+        input_ids: PathBuf,
+        /// The safetensors file to write: `logits`, F32.
+        #[arg(long)]
+        output: PathBuf,
+        /// Uses an adapter of another base.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Merges an adapter into its base and writes a Hugging Face folder.
+    MergeAdapter {
+        /// Catalogue name, hf:org/name, folder or .gguf file.
+        #[arg(long)]
+        model: String,
+        /// The adapter folder.
+        #[arg(long)]
+        adapter: PathBuf,
+        /// The folder to write.
+        #[arg(long)]
+        output: PathBuf,
+        /// Number type of the weights.
+        #[arg(long, default_value = "f32", value_parser = ["f32", "bf16", "f16"])]
+        dtype: String,
+        /// Uses an adapter of another base.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Writes a model or an adapter in another tool's format.
+    Export {
+        /// Catalogue name, hf:org/name, folder or .gguf file.
+        #[arg(long)]
+        model: String,
+        /// An adapter folder, merged in (or written alone with `--format gguf-lora`).
+        #[arg(long)]
+        adapter: Option<PathBuf>,
+        /// The format.
+        #[arg(long, value_parser = ["gguf-f16", "gguf-q8_0", "gguf-f32", "gguf-lora", "hf"])]
+        format: String,
+        /// The file or folder to write.
+        #[arg(long)]
+        output: PathBuf,
+        /// Uses an adapter of another base.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Shows template, mask, trainable list and forecasts before step 1.
+    Doctor {
+        /// The recipe.
+        #[command(flatten)]
+        recipe: RecipeArguments,
+        /// Rows shown token by token.
+        #[arg(long, default_value_t = 1)]
+        rows: usize,
+    },
+    /// Lists the tuning methods, or shows the options of one.
+    Methods {
+        /// A method's name.
+        name: Option<String>,
+    },
+    /// Lists the models that have a name, and the architectures that can be read.
+    Models,
+    /// Writes a commented recipe.
+    New {
+        /// The file to write.
+        #[arg(default_value = "recipe.toml")]
+        path: PathBuf,
+        /// The method.
+        #[arg(long, default_value = "lora")]
+        method: String,
+        /// Overwrites the file.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Prints completions for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Prints the man page.
+    Man,
+}
+
+/// A recipe and what the command line changes in it.
+#[derive(Debug, Args)]
+pub(crate) struct RecipeArguments {
+    /// The recipe file.
+    pub(crate) recipe: PathBuf,
+    /// Changes one setting, e.g. `--set train.steps=100`.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+}
+
+/// A model to use.
+#[derive(Debug, Args)]
+pub(crate) struct ModelArguments {
+    /// Catalogue name, hf:org/name, folder or .gguf file.
+    #[arg(long)]
+    pub(crate) model: String,
+    /// An adapter folder.
+    #[arg(long)]
+    pub(crate) adapter: Option<PathBuf>,
+    /// Tokens generated at most.
+    #[arg(long, default_value_t = 256)]
+    pub(crate) max_new_tokens: usize,
+    /// 0 takes the likeliest token; higher is freer.
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) temperature: f64,
+    /// Keeps this many of the likeliest tokens.
+    #[arg(long)]
+    pub(crate) top_k: Option<usize>,
+    /// Keeps the likeliest tokens until together they have this probability.
+    #[arg(long, default_value_t = 1.0)]
+    pub(crate) top_p: f64,
+    /// Seed of sampling.
+    #[arg(long, default_value_t = 42)]
+    pub(crate) seed: u64,
+    /// A system message.
+    #[arg(long)]
+    pub(crate) system: Option<String>,
+    /// Keeps weights as the file stores them (4-bit blocks stay 4-bit).
+    #[arg(long)]
+    pub(crate) stored: bool,
+    /// Uses an adapter of another base.
+    #[arg(long)]
+    pub(crate) force: bool,
+}

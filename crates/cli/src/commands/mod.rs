@@ -1,0 +1,60 @@
+//! One file per command.
+
+mod chat;
+mod describe;
+mod doctor;
+mod eval;
+mod export;
+mod generate;
+mod logits;
+mod new;
+mod run;
+mod session;
+
+use clap::CommandFactory;
+
+use crate::args::{Arguments, Command};
+use crate::failure::Failure;
+
+/// Carries one command out.
+pub(crate) fn dispatch(arguments: Arguments) -> Result<(), Failure> {
+    let json = arguments.json;
+    match arguments.command {
+        Command::Run(recipe) => run::run(&recipe, json),
+        Command::Plan(recipe) => run::plan(&recipe, json),
+        Command::Resume { run: path } => run::resume(&path, json),
+        Command::Eval { recipe, adapter, force } => {
+            eval::eval(&recipe, adapter.as_deref(), force, json)
+        }
+        Command::Chat(model) => chat::chat(&model, json),
+        Command::Generate { model, prompt, raw } => generate::generate(&model, &prompt, raw, json),
+        Command::Logits { model, adapter, input_ids, output, force } => {
+            logits::logits(&model, adapter.as_deref(), &input_ids, &output, force, json)
+        }
+        Command::MergeAdapter { model, adapter, output, dtype, force } => {
+            export::merge_adapter(&model, &adapter, &output, &dtype, force, json)
+        }
+        Command::Export { model, adapter, format, output, force } => {
+            export::export(&model, adapter.as_deref(), &format, &output, force, json)
+        }
+        Command::Doctor { recipe, rows } => doctor::doctor(&recipe, rows, json),
+        Command::Methods { name } => describe::methods(name.as_deref(), json),
+        Command::Models => {
+            describe::models(json);
+            Ok(())
+        }
+        Command::New { path, method, force } => new::new(&path, &method, force, json),
+        Command::Completions { shell } => {
+            clap_complete::generate(
+                shell,
+                &mut Arguments::command(),
+                "retune",
+                &mut std::io::stdout(),
+            );
+            Ok(())
+        }
+        Command::Man => clap_mangen::Man::new(Arguments::command())
+            .render(&mut std::io::stdout())
+            .map_err(|error| Failure::Failed(format!("the page cannot be printed: {error}"))),
+    }
+}

@@ -1,0 +1,112 @@
+//! A model with its adapter, opened to be used.
+
+use std::path::Path;
+
+use retune_core::change::Changes;
+use retune_core::model::Tuned;
+use retune_core::parameters::Parameters;
+use retune_core::random::Seed;
+use retune_data::template::{ChatTemplate, Date, TemplateSettings};
+use retune_data::tokenizer::Tokenizer;
+use retune_hub::Network;
+use retune_methods::adapter::Adapter;
+use retune_models::Task;
+use retune_run::environment::Environment;
+use retune_run::open::{Located, Opened};
+use retune_run::recipe::{ComputeOptions, WeightsName};
+
+use crate::environment::{clock, hub, machine, peak_bytes};
+use crate::failure::Failure;
+use crate::progress::Downloads;
+
+/// Lets `work` use the outside world.
+pub(crate) fn with_environment<T>(
+    quiet: bool,
+    work: impl FnOnce(&mut Environment<'_>) -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let mut downloads = Downloads::new(quiet);
+    let mut environment = Environment {
+        hub: hub()?,
+        fetch: &Network,
+        clock: &clock,
+        peak_bytes: &peak_bytes,
+        machine: machine(),
+        downloads: &mut downloads,
+    };
+    work(&mut environment)
+}
+
+/// A model that can be asked.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) located: Located,
+    pub(crate) opened: Opened,
+    pub(crate) adapter: Option<Adapter>,
+    changes: Changes,
+    parameters: Parameters,
+}
+
+impl Session {
+    /// Opens a model, and puts the adapter's changes in force.
+    ///
+    /// # Errors
+    /// If either cannot be read, or the adapter is of another base and `force` is not given.
+    pub(crate) fn open(
+        model: &str,
+        adapter: Option<&Path>,
+        stored: bool,
+        force: bool,
+        quiet: bool,
+    ) -> Result<Self, Failure> {
+        with_environment(quiet, |environment| {
+            let located = Located::find(model, environment)?;
+            let compute = ComputeOptions {
+                weights: if stored { WeightsName::Stored } else { WeightsName::F32 },
+                ..ComputeOptions::default()
+            };
+            let adapter_files = adapter.map(Adapter::read).transpose()?;
+            let task = adapter_files.as_ref().and_then(labels).map_or(Task::AsSaved, |labels| {
+                Task::Classify { labels }
+            });
+            let opened = Opened::open(&located, &task, Seed(0), &compute, None)?;
+            let mut parameters = Parameters::new(opened.weights.device());
+            let mut changes = Changes::default();
+            if let (Some(folder), Some(adapter)) = (adapter, &adapter_files) {
+                retune_run::open::check_base(folder, adapter, &opened, force)?;
+                let method = adapter.method()?;
+                changes = method.attach(&opened.weights, &mut parameters, Seed(0))?;
+                adapter.fill(folder, &mut parameters)?;
+            }
+            Ok(Self { located, opened, adapter: adapter_files, changes, parameters })
+        })
+    }
+
+    /// Returns the model with its changes.
+    pub(crate) fn tuned(&self) -> Tuned<'_> {
+        Tuned {
+            model: self.opened.checkpoint.model.as_ref(),
+            weights: &self.opened.weights,
+            changes: &self.changes,
+            parameters: &self.parameters,
+        }
+    }
+
+    /// Opens the tokenizer and compiles its chat template.
+    pub(crate) fn text(&self) -> Result<(Tokenizer, Option<ChatTemplate>), Failure> {
+        let tokenizer = self.located.tokenizer()?;
+        tokenizer.check_fits(self.opened.checkpoint.model.spec().vocabulary)?;
+        let date = Date::from_unix(clock() as i64);
+        let settings = TemplateSettings::of(&tokenizer, Some(date));
+        let template = tokenizer
+            .chat_template()
+            .map(|source| ChatTemplate::compile(source, settings))
+            .transpose()?;
+        Ok((tokenizer, template))
+    }
+}
+
+/// Returns the class names an adapter of a classifier was trained on, where its file says so.
+fn labels(adapter: &Adapter) -> Option<Vec<String>> {
+    let labels = adapter.config.get("retune_labels")?.as_array()?;
+    labels.iter().map(|label| label.as_str().map(str::to_owned)).collect()
+}

@@ -1,0 +1,57 @@
+//! Model cards: the README.md beside what a run leaves behind.
+
+use std::fmt::Write;
+
+use crate::prepare::Prepared;
+
+/// Writes the card of an adapter, with the hub's front matter.
+pub fn adapter_card(prepared: &Prepared) -> String {
+    card(prepared, "peft")
+}
+
+/// Writes the card of a tuned model, with the hub's front matter.
+pub fn model_card(prepared: &Prepared) -> String {
+    card(prepared, "transformers")
+}
+
+/// Writes the card of a model that was merged from a base and an adapter.
+pub fn merged_card(base: &str, adapter: &str) -> String {
+    format!(
+        "---\nlibrary_name: transformers\nbase_model: {base}\ntags:\n- retune\n---\n\n\
+         `{base}` with the adapter `{adapter}` merged in by retune {}.\n",
+        env!("CARGO_PKG_VERSION")
+    )
+}
+
+fn card(prepared: &Prepared, library: &str) -> String {
+    let plan = &prepared.plan;
+    let card = prepared.recipe.method.card();
+    let mut text = format!("---\nlibrary_name: {library}\n");
+    // Errors of writing into a String do not happen.
+    let mut line = |content: &str| {
+        let _ = writeln!(text, "{content}");
+    };
+    line(&format!("base_model: {}", plan.model.name));
+    if let Some(licence) = &plan.model.licence {
+        line(&format!("license: {}", licence.to_lowercase()));
+    }
+    line("tags:");
+    line(&format!("- {}", card.name));
+    line("- retune");
+    line("---");
+    line("");
+    line(&format!("# {}", prepared.recipe.name));
+    line("");
+    line(&format!("{} Source: {}.", card.summary, card.source));
+    line("");
+    line("| | |");
+    line("|---|---|");
+    line(&format!("| base | `{}` (`{}`) |", plan.model.name, plan.model.fingerprint));
+    line(&format!("| trained values | {} of {} |", plan.num_trainable, plan.model.num_parameters));
+    line(&format!("| data | `{}`, {} rows |", prepared.recipe.data.train.display(), plan.data.num_train));
+    line(&format!("| steps | {} |", plan.num_steps));
+    line(&format!("| highest learning rate | {:e} |", plan.learning_rate));
+    line(&format!("| seed | {} |", prepared.recipe.seed));
+    line(&format!("| made with | retune {} |", plan.version));
+    text
+}

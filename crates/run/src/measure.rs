@@ -1,0 +1,237 @@
+//! The task's metric and some answers, before and after.
+
+use std::collections::BTreeMap;
+
+use crate::artefacts::report::Measured;
+use crate::error::Result;
+use crate::recipe::{EvaluateOptions, EvaluationKind};
+use crate::rows::Subset;
+use retune_core::model::Tuned;
+use retune_core::random::Seed;
+use retune_core::spec::Head;
+use retune_data::shape::Example;
+use retune_data::template::ChatTemplate;
+use retune_data::tokenizer::Tokenizer;
+use retune_evaluate::generate::{Generation, Prompt, generate};
+use retune_evaluate::likelihood::{Budget, Request, log_likelihoods};
+use retune_evaluate::metrics::{exact_match, mean, same_words, standard_error, word_f1};
+use retune_evaluate::validation::validate;
+
+/// A question with the answer it should get.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Question {
+    /// The prompt as the model reads it.
+    pub tokens: Vec<u32>,
+    /// The prompt as a person reads it.
+    pub shown: String,
+    /// The right answer.
+    pub reference: String,
+}
+
+/// What one measurement found.
+#[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Measurement {
+    /// Metric names and values.
+    pub metrics: BTreeMap<String, Measured>,
+    /// Rows measured.
+    pub num_rows: usize,
+    /// The answers to the first questions, in order.
+    pub answers: Vec<String>,
+}
+
+/// Everything a measurement needs beside the model.
+#[derive(Debug)]
+pub struct Measure<'a> {
+    /// The `[evaluate]` table.
+    pub options: &'a EvaluateOptions,
+    /// The rows measured.
+    pub rows: &'a Subset,
+    /// The model's tokenizer.
+    pub tokenizer: &'a Tokenizer,
+    /// Its chat template.
+    pub template: Option<&'a ChatTemplate>,
+    /// Answers to choose from.
+    pub choices: Vec<String>,
+    /// The run's seed.
+    pub seed: Seed,
+}
+
+/// Returns the distinct answers of training rows, if they are few enough to choose from.
+pub fn answers_seen(train: &Subset) -> Result<Vec<String>> {
+    let mut seen = std::collections::BTreeSet::new();
+    for row in &train.rows {
+        if let Some((_, answer)) = parts(&train.dataset.example(*row)?.0) {
+            seen.insert(answer);
+        }
+        if seen.len() > 64 {
+            return Ok(Vec::new());
+        }
+    }
+    Ok(seen.into_iter().collect())
+}
+
+/// Splits an example into the conversation or prompt before the last answer, and that answer.
+fn parts(example: &Example) -> Option<(Example, String)> {
+    match example {
+        Example::Chat(chat) => {
+            let mut chat = chat.clone();
+            let last = chat.conversation.messages.pop()?;
+            if last.get("role")?.as_str()? != "assistant" {
+                return None;
+            }
+            let answer = last.get("content")?.as_str()?.trim().to_owned();
+            Some((Example::Chat(chat), answer))
+        }
+        Example::Completion { prompt, completion } => {
+            let before = Example::Text(prompt.clone());
+            Some((before, completion.trim().to_owned()))
+        }
+        _ => None,
+    }
+}
+
+impl Measure<'_> {
+    /// Returns the questions of the rows measured.
+    ///
+    /// # Errors
+    /// If the template refuses a conversation.
+    pub fn questions(&self) -> Result<Vec<Question>> {
+        let mut questions = Vec::new();
+        for row in self.rows.rows.iter().take(self.options.rows) {
+            let example = self.rows.dataset.example(*row)?.0;
+            let Some((before, reference)) = parts(&example) else { continue };
+            questions.push(self.question(&before, reference)?);
+        }
+        Ok(questions)
+    }
+
+    fn question(&self, before: &Example, reference: String) -> Result<Question> {
+        let (text, shown) = match (before, self.template) {
+            (Example::Chat(chat), Some(template)) => {
+                let shown = chat.conversation.messages.last();
+                let shown = shown.and_then(|m| m.get("content")).and_then(|c| c.as_str());
+                let shown = shown.unwrap_or_default().to_owned();
+                (template.render(&chat.conversation, true)?, shown)
+            }
+            (Example::Text(prompt), Some(template)) => {
+                let talk = retune_data::template::Conversation {
+                    messages: vec![serde_json::json!({"role": "user", "content": prompt})],
+                    ..Default::default()
+                };
+                (template.render(&talk, true)?, prompt.clone())
+            }
+            (Example::Text(prompt), None) => (prompt.clone(), prompt.clone()),
+            (Example::Chat(chat), None) => {
+                let texts = chat.conversation.messages.iter();
+                let texts: Vec<&str> =
+                    texts.filter_map(|m| m.get("content").and_then(|c| c.as_str())).collect();
+                let text = texts.join("\n");
+                (text.clone(), text)
+            }
+            _ => (String::new(), String::new()),
+        };
+        let plain = self.template.is_none();
+        let tokens = self.tokenizer.encode(&text, plain)?.ids;
+        Ok(Question { tokens, shown, reference })
+    }
+
+    /// Measures the model as it stands.
+    ///
+    /// # Errors
+    /// Those of the data and the model.
+    pub fn run(&self, tuned: &Tuned<'_>) -> Result<Measurement> {
+        let mut out = Measurement { num_rows: self.rows.len().min(self.options.rows), ..Default::default() };
+        let batches = self.rows.batches(self.options.rows, 2048)?;
+        let validation = validate(tuned, &batches)?;
+        let mut put = |name: &str, value: f64, std_error: Option<f64>| {
+            out.metrics.insert(name.to_owned(), Measured { value, std_error });
+        };
+        put("loss", validation.loss, None);
+        if matches!(tuned.model.spec().head, Head::Language { .. }) {
+            put("perplexity", validation.perplexity(), None);
+        }
+        if let Some(accuracy) = validation.accuracy {
+            put("accuracy", accuracy, None);
+        }
+        if !matches!(tuned.model.spec().head, Head::Language { .. }) {
+            return Ok(out);
+        }
+        let questions = self.questions()?;
+        let wanted = match self.options.kind {
+            EvaluationKind::Generate => questions.len(),
+            _ => self.options.examples.min(questions.len()),
+        };
+        if self.options.kind == EvaluationKind::Choice && !questions.is_empty() {
+            let right = self.choose(tuned, &questions)?;
+            put("accuracy", mean(&right).unwrap_or(f64::NAN), standard_error(&right));
+        }
+        if wanted == 0 {
+            return Ok(out);
+        }
+        let answers = self.answer(tuned, &questions[..wanted])?;
+        if self.options.kind == EvaluationKind::Generate {
+            let score = |judge: &dyn Fn(&str, &str) -> f64| -> Vec<f64> {
+                answers.iter().zip(&questions).map(|(a, q)| judge(a, &q.reference)).collect()
+            };
+            let truth = |right: bool| f64::from(u8::from(right));
+            for (name, values) in [
+                ("exact_match", score(&|a, r| truth(exact_match(a, &[r])))),
+                ("same_words", score(&|a, r| truth(same_words(a, &[r])))),
+                ("f1", score(&|a, r| word_f1(a, &[r]))),
+            ] {
+                put(name, mean(&values).unwrap_or(f64::NAN), standard_error(&values));
+            }
+        }
+        out.answers = answers.into_iter().take(self.options.examples).collect();
+        Ok(out)
+    }
+
+    fn answer(&self, tuned: &Tuned<'_>, questions: &[Question]) -> Result<Vec<String>> {
+        let prompts = questions
+            .iter()
+            .enumerate()
+            .map(|(number, q)| Prompt::new(q.tokens.clone(), self.seed, number as u64))
+            .collect();
+        let options = Generation {
+            end_tokens: self.tokenizer.special().eos.into_iter().collect(),
+            max_new_tokens: self.options.max_new_tokens,
+            ..Generation::default()
+        };
+        let generated =
+            generate(tuned, prompts, &options, &mut retune_evaluate::generate::unwatched)?;
+        generated
+            .into_iter()
+            .map(|answer| Ok(self.tokenizer.decode(&answer.tokens, true)?.trim().to_owned()))
+            .collect()
+    }
+
+    /// Scores every choice after every question; 1 where the likeliest is the right one.
+    fn choose(&self, tuned: &Tuned<'_>, questions: &[Question]) -> Result<Vec<f64>> {
+        let choices: Vec<Vec<u32>> = self
+            .choices
+            .iter()
+            .map(|choice| Ok(self.tokenizer.encode(choice, false)?.ids))
+            .collect::<Result<_>>()?;
+        let requests: Vec<Request> = questions
+            .iter()
+            .flat_map(|q| {
+                choices.iter().map(|choice| Request {
+                    context: q.tokens.clone(),
+                    continuation: choice.clone(),
+                })
+            })
+            .collect();
+        let scores = log_likelihoods(tuned, &requests, &Budget::default())?;
+        let right = questions.iter().zip(scores.chunks(choices.len().max(1))).map(|(q, scores)| {
+            let best = scores
+                .iter()
+                .enumerate()
+                .fold((0, f64::NEG_INFINITY), |best, (place, score)| {
+                    if score.sum > best.1 { (place, score.sum) } else { best }
+                })
+                .0;
+            f64::from(u8::from(self.choices.get(best).is_some_and(|c| *c == q.reference)))
+        });
+        Ok(right.collect())
+    }
+}

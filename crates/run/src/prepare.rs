@@ -1,0 +1,125 @@
+//! Everything before step 1: the model found and opened, rows prepared, the plan made.
+
+use crate::environment::Environment;
+use crate::error::Result;
+use crate::measure::{Measure, answers_seen};
+use crate::open::{Located, Opened};
+use crate::plan::Plan;
+use crate::recipe::{EvaluationKind, Recipe};
+use crate::rows::{Rows, Splits, Subset, TrainBatches};
+use retune_core::random::Seed;
+use retune_data::labels::Labels;
+use retune_data::template::{ChatTemplate, Date};
+use retune_data::tokenizer::Tokenizer;
+use retune_models::Task;
+
+/// A run that stands before step 1.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The recipe.
+    pub recipe: Recipe,
+    /// How the model was found.
+    pub located: Located,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Its chat template, if it has one.
+    pub template: Option<ChatTemplate>,
+    /// Its weights.
+    pub opened: Opened,
+    /// The rows.
+    pub splits: Splits,
+    /// Training batches, by step.
+    pub batches: TrainBatches,
+    /// All that was decided.
+    pub plan: Plan,
+    /// Answers a choice is made from.
+    pub choices: Vec<String>,
+}
+
+/// The longest row where neither recipe nor model says otherwise.
+const USUAL_MAX_LENGTH: usize = 2048;
+
+impl Prepared {
+    /// Finds, opens, reads and decides.
+    ///
+    /// # Errors
+    /// Whatever of these fails first.
+    pub fn make(recipe: Recipe, environment: &mut Environment<'_>) -> Result<Self> {
+        let located = Located::find(&recipe.model, environment)?;
+        let tokenizer = located.tokenizer()?;
+        let seed = Seed(recipe.seed);
+        // The spec's limit is needed before the task is known; it does not depend on it.
+        let limit = retune_models::open(&located.path)?.model.spec().max_positions;
+        let max_length = recipe.data.max_length.unwrap_or(USUAL_MAX_LENGTH).min(limit);
+        let rows = Rows {
+            options: &recipe.data,
+            tokenizer: &tokenizer,
+            max_length,
+            date: Date::from_unix((environment.clock)() as i64),
+            seed,
+        };
+        let template = rows.template()?;
+        let splits = rows.splits()?;
+        let task = match splits.train.dataset.labels() {
+            Some(Labels::Classes(names)) => Task::Classify { labels: names.clone() },
+            _ => Task::AsSaved,
+        };
+        let opened = Opened::open(&located, &task, seed, &recipe.compute, &tokenizer)?;
+        let train = &recipe.train;
+        let batches = TrainBatches::new(
+            splits.train.clone(),
+            seed,
+            &recipe.data,
+            max_length,
+            train.batch_size,
+            train.accumulation,
+        )?;
+        let plan = Plan::make(
+            &recipe,
+            &located,
+            &opened,
+            &splits,
+            batches.steps_per_epoch(),
+            max_length,
+        )?;
+        let choices = match recipe.evaluate.kind {
+            EvaluationKind::Choice if recipe.evaluate.choices.is_empty() => {
+                answers_seen(&splits.train)?
+            }
+            _ => recipe.evaluate.choices.clone(),
+        };
+        Ok(Self {
+            recipe,
+            located,
+            tokenizer,
+            template,
+            opened,
+            splits,
+            batches,
+            plan,
+            choices,
+        })
+    }
+
+    /// Returns the rows that are measured before and after: those of the test file, else the
+    /// validation rows, else the training rows.
+    pub fn measured(&self) -> (&Subset, bool) {
+        match (&self.splits.test, &self.splits.validation) {
+            (Some(test), _) => (test, true),
+            (None, Some(validation)) => (validation, true),
+            (None, None) => (&self.splits.train, false),
+        }
+    }
+
+    /// Returns what measures the model on `rows`.
+    pub fn measure<'a>(&'a self, rows: &'a Subset) -> Measure<'a> {
+        Measure {
+            options: &self.recipe.evaluate,
+            rows,
+            tokenizer: &self.tokenizer,
+            template: self.template.as_ref(),
+            choices: self.choices.clone(),
+            seed: Seed(self.recipe.seed),
+        }
+    }
+}
