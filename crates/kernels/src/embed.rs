@@ -75,7 +75,8 @@ mod tests {
 
     #[test]
     fn frozen_rows_come_as_they_are() {
-        let matrix = PackedMatrix::from_f32(3, 2, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], Form::F32);
+        let matrix =
+            PackedMatrix::from_f32(3, 2, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], Form::F32).unwrap();
         let table = Table::Frozen(Arc::new(matrix));
         let y = embed(&[2, 0, 2], &table, &Device::flex());
         assert_eq!(y.dims(), [3, 2]);
@@ -84,7 +85,7 @@ mod tests {
 
     #[test]
     fn no_ids_give_no_rows() {
-        let matrix = PackedMatrix::from_f32(1, 2, &[1.0, 2.0], Form::F32);
+        let matrix = PackedMatrix::from_f32(1, 2, [1.0, 2.0], Form::F32).unwrap();
         let y = embed(&[], &Table::Frozen(Arc::new(matrix)), &Device::flex());
         assert_eq!(y.dims(), [0, 2]);
     }

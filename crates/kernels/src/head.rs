@@ -166,7 +166,9 @@ mod tests {
             let mut case = case(&mut source, tokens, width, rows);
             case.inputs[1].tracked = false;
             let values: Vec<f32> = case.inputs[1].values.iter().map(|x| *x as f32).collect();
-            let head = Arc::new(PackedMatrix::from_f32(rows, width, &values, Form::F32));
+            let head = Arc::new(
+                PackedMatrix::from_f32(rows, width, values.as_slice(), Form::F32).unwrap(),
+            );
             agree(
                 "token_losses, frozen",
                 |x| {

@@ -14,6 +14,7 @@ pub mod embed;
 pub mod gated;
 pub mod head;
 pub mod layer_norm;
+mod linear;
 pub mod matrix;
 pub mod rms_norm;
 pub mod rotary;
@@ -29,6 +30,10 @@ pub use embed::embed;
 pub use gated::gated;
 pub use head::{HeadOptions, token_losses};
 pub use layer_norm::layer_norm;
+pub use linear::{
+    linear, linear_frozen, linear_frozen_reference, linear_in, linear_low_rank,
+    linear_low_rank_reference, linear_reference, matmul, matmul_nt,
+};
 pub use rms_norm::rms_norm;
 pub use rotary::{Rotation, rotary};
 pub use spans::{Spans, SpansError};

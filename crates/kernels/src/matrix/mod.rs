@@ -1,44 +1,47 @@
-//! Frozen weight matrices.
+//! Matrix products on the CPU, and frozen matrices kept in the form the caller chooses.
+//!
+//! Everything is row-major. A product is computed in tiles: both factors are copied, a block at a
+//! time, into the order the innermost loop reads them in (converting and dequantising on the way),
+//! so one copy of a frozen matrix serves the forward product and the input's gradient alike.
+//!
+//! Every element of a result is one sum in an order that depends on the shapes alone: work is
+//! divided over outputs, never over the reduction, so bits do not depend on the number of threads.
+//! They do depend on the processor's instruction set.
 
-/// The form in which a [`PackedMatrix`] keeps its numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
-    /// 32-bit floats.
+#![expect(clippy::single_match_else, reason = "two forms of one thing read best side by side")]
+
+mod blocked;
+mod cpu;
+mod dot;
+mod operand;
+mod pack;
+mod packed;
+mod product;
+mod scratch;
+#[cfg(test)]
+mod tests;
+mod tile;
+
+pub use packed::{Form, PackedMatrix, PackedMatrixError, SharedBytes};
+pub use product::{product, product_nt, product_tn};
+
+/// How the products of a matrix multiplication are computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Arithmetic {
+    /// Products and sums in `f32`.
+    #[default]
     F32,
+    /// Factors rounded to bf16, products summed in `f32`, where the processor has an instruction
+    /// for it that is faster than `f32`; as [`Arithmetic::F32`] elsewhere.
+    Bf16,
 }
 
-/// A frozen matrix `[rows, columns]` = `[out, in]`.
-#[derive(Clone, Debug)]
-pub struct PackedMatrix {
-    rows: usize,
-    columns: usize,
-    values: Vec<f32>,
-}
-
-impl PackedMatrix {
-    /// Packs numbers in row-major order.
-    pub fn from_f32(rows: usize, columns: usize, values: &[f32], form: Form) -> Self {
-        assert_eq!(values.len(), rows * columns, "a matrix [{rows}, {columns}] in {form:?}");
-        Self { rows, columns, values: values.to_vec() }
-    }
-
-    /// Gives the number of rows, the width of `x · Wᵀ`.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Gives the number of columns, the width of `x`.
-    pub fn columns(&self) -> usize {
-        self.columns
-    }
-
-    /// Writes one row.
-    pub fn row_into(&self, row: usize, out: &mut [f32]) {
-        out.copy_from_slice(&self.values[row * self.columns..][..self.columns]);
-    }
-
-    /// Gives all numbers in row-major order.
-    pub fn to_f32(&self) -> Vec<f32> {
-        self.values.clone()
+impl Arithmetic {
+    /// Tells whether this machine computes so, rather than falling back on [`Arithmetic::F32`].
+    pub fn is_native(self) -> bool {
+        match self {
+            Self::F32 => true,
+            Self::Bf16 => cpu::Kernel::choose(self).rounds_to_bf16(),
+        }
     }
 }

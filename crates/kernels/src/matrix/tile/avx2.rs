@@ -1,0 +1,127 @@
+//! `f32` tiles with AVX2 and FMA.
+
+#[allow(clippy::wildcard_imports, reason = "intrinsics are many and unmistakable")]
+use std::arch::x86_64::*;
+
+use super::{LANES, Tile, TileOutput, TileStart, portable};
+
+pub(crate) struct Avx2;
+
+const DEPTH: usize = 528;
+
+impl Tile for Avx2 {
+    // 12 of 16 registers hold sums, 2 the panel, 1 the factor.
+    const ROWS: usize = 6;
+    const PANELS: usize = 1;
+    const DEPTH: usize = DEPTH;
+    const BLOCK: usize = 384;
+    const PAIRS: bool = false;
+
+    unsafe fn tile(left: *const u32, right: *const u32, units: usize, output: TileOutput) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            match output.rows {
+                1 => rows::<1>(left, right, units, output),
+                2 => rows::<2>(left, right, units, output),
+                3 => rows::<3>(left, right, units, output),
+                4 => rows::<4>(left, right, units, output),
+                5 => rows::<5>(left, right, units, output),
+                _ => rows::<6>(left, right, units, output),
+            }
+        }
+    }
+
+    unsafe fn transpose(rows: &[*const u32; LANES], units: usize, panel: *mut u32) {
+        // SAFETY: as the caller promises.
+        unsafe { transpose(rows, units, panel) }
+    }
+}
+
+/// # Safety
+/// As [`Tile::tile`], with `R` rows and one panel.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn rows<const R: usize>(
+    left: *const u32,
+    right: *const u32,
+    units: usize,
+    output: TileOutput,
+) {
+    // SAFETY: the caller promises R rows of `units` units, a panel as long, and the output.
+    unsafe {
+        let mut sums = [[_mm256_setzero_ps(); 2]; R];
+        for (r, [low, high]) in sums.iter_mut().enumerate() {
+            let from = match output.start {
+                TileStart::Zero => continue,
+                TileStart::Bias(bias) => bias,
+                TileStart::Output => output.values.add(r * output.stride).cast_const(),
+            };
+            *low = _mm256_loadu_ps(from);
+            *high = _mm256_loadu_ps(from.add(8));
+        }
+        let (mut left, mut right) = (left.cast::<f32>(), right.cast::<f32>());
+        for _ in 0..units {
+            let lanes = [_mm256_load_ps(right), _mm256_load_ps(right.add(8))];
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let factor = _mm256_broadcast_ss(&*left.add(r * DEPTH));
+                for (sum, lanes) in sums.iter_mut().zip(lanes) {
+                    *sum = _mm256_fmadd_ps(factor, lanes, *sum);
+                }
+            }
+            left = left.add(1);
+            right = right.add(LANES);
+        }
+        for (r, [low, high]) in sums.into_iter().enumerate() {
+            let to = output.values.add(r * output.stride);
+            _mm256_storeu_ps(to, low);
+            _mm256_storeu_ps(to.add(8), high);
+        }
+    }
+}
+
+/// # Safety
+/// As [`Tile::transpose`].
+#[target_feature(enable = "avx2")]
+unsafe fn transpose(rows: &[*const u32; LANES], units: usize, panel: *mut u32) {
+    let whole = units / 8 * 8;
+    for unit in (0..whole).step_by(8) {
+        for half in [0, 8] {
+            // SAFETY: eight more units lie in every row, and in the panel sixteen for each.
+            unsafe {
+                let mut a = [_mm256_setzero_ps(); 8];
+                for (a, row) in a.iter_mut().zip(&rows[half..]) {
+                    *a = _mm256_loadu_ps(row.add(unit).cast());
+                }
+                for (i, column) in transpose_8(&a).into_iter().enumerate() {
+                    _mm256_storeu_ps(panel.add((unit + i) * LANES + half).cast(), column);
+                }
+            }
+        }
+    }
+    let rest = rows.map(|row| row.wrapping_add(whole));
+    // SAFETY: as the caller promises, beyond the whole blocks.
+    unsafe { portable::transpose(&rest, units - whole, panel.add(whole * LANES)) }
+}
+
+/// Transposes a block of 8 by 8: within 64 bits, within 128, whole.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn transpose_8(a: &[__m256; 8]) -> [__m256; 8] {
+    let mut b = *a;
+    for i in (0..8).step_by(2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    let mut c = b;
+    for g in (0..8).step_by(4) {
+        c[g] = _mm256_shuffle_ps::<0x44>(b[g], b[g + 2]);
+        c[g + 1] = _mm256_shuffle_ps::<0xee>(b[g], b[g + 2]);
+        c[g + 2] = _mm256_shuffle_ps::<0x44>(b[g + 1], b[g + 3]);
+        c[g + 3] = _mm256_shuffle_ps::<0xee>(b[g + 1], b[g + 3]);
+    }
+    let mut d = c;
+    for j in 0..4 {
+        d[j] = _mm256_permute2f128_ps::<0x20>(c[j], c[4 + j]);
+        d[4 + j] = _mm256_permute2f128_ps::<0x31>(c[j], c[4 + j]);
+    }
+    d
+}

@@ -1,0 +1,102 @@
+//! The innermost loops: one tile of the output, per instruction set.
+//!
+//! A *unit* is 32 bits: one `f32`, or two neighbouring bf16 of the reduction. A packed left tile is
+//! row-major `[rows, DEPTH]` units; packed right panels are `[panel][unit][16 outputs]`.
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512_bf16;
+pub(crate) mod portable;
+
+/// Outputs that lie side by side in a packed right panel.
+pub(crate) const LANES: usize = 16;
+
+/// What a tile starts from.
+#[derive(Clone, Copy)]
+pub(crate) enum TileStart {
+    Zero,
+    /// Points at one number per column of the tile.
+    Bias(*const f32),
+    Output,
+}
+
+/// The output part a tile writes.
+#[derive(Clone, Copy)]
+pub(crate) struct TileOutput {
+    pub(crate) values: *mut f32,
+    /// Numbers between rows.
+    pub(crate) stride: usize,
+    /// Rows, at most [`Tile::ROWS`].
+    pub(crate) rows: usize,
+    /// Whole panels of columns, at most [`Tile::PANELS`].
+    pub(crate) panels: usize,
+    pub(crate) start: TileStart,
+}
+
+/// An instruction set's way to pack and to multiply.
+pub(crate) trait Tile {
+    /// Most rows of a tile.
+    const ROWS: usize;
+    /// Output rows are written in multiples of this.
+    const ROW_GRANULE: usize = 1;
+    /// Most panels of a tile.
+    const PANELS: usize;
+    /// Units between rows of a packed left tile: the most units a block can have.
+    const DEPTH: usize;
+    /// Units a block is cut to where the reduction is long.
+    const BLOCK: usize;
+    /// Blocks are filled up with zero units to a multiple of this.
+    const UNIT_GRANULE: usize = 1;
+    /// Columns of the output that share one packed right part.
+    const CHUNK: usize = 256;
+    /// Whether a unit is a pair of bf16.
+    const PAIRS: bool;
+
+    /// Runs a task with whatever state the instructions need.
+    ///
+    /// # Safety
+    /// The processor has the instruction set.
+    unsafe fn session(work: impl FnOnce()) {
+        work();
+    }
+
+    /// Computes one tile of `left · rightᵀ`.
+    ///
+    /// # Safety
+    /// The processor has the instruction set; `left` holds `rows` rows `DEPTH` apart with `units`
+    /// units each; `right` holds `panels` panels of `units` units; `output` describes memory this
+    /// thread alone may write; the call is inside [`Self::session`].
+    unsafe fn tile(left: *const u32, right: *const u32, units: usize, output: TileOutput);
+
+    /// Turns sixteen rows into a panel: `panel[unit * 16 + row] = rows[row][unit]`.
+    ///
+    /// # Safety
+    /// The processor has the instruction set; every pointer can be read for `units` units, and
+    /// `panel` written for sixteen times as many.
+    unsafe fn transpose(rows: &[*const u32; LANES], units: usize, panel: *mut u32) {
+        // SAFETY: as the caller promises.
+        unsafe { portable::transpose(rows, units, panel) }
+    }
+
+    /// Rounds numbers to bf16 and joins neighbours: `(values[2u], values[2u + 1])` is unit `u`; an
+    /// odd end is joined with zero.
+    ///
+    /// # Safety
+    /// The processor has the instruction set.
+    unsafe fn join(values: &[f32], units: &mut [u32]) {
+        portable::join(values, units);
+    }
+
+    /// Rounds two rows to bf16 and joins what lies one above the other; no second row is zero.
+    ///
+    /// # Safety
+    /// The processor has the instruction set.
+    unsafe fn join_rows(first: &[f32], second: Option<&[f32]>, units: &mut [u32]) {
+        portable::join_rows(first, second, units);
+    }
+}
