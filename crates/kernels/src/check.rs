@@ -2,6 +2,8 @@
 
 use tensor::{DType, Device, Tensor, TensorData};
 
+use crate::simd::at_every_level;
+
 /// A seeded source of test numbers (`SplitMix64`).
 pub(crate) struct Numbers(pub(crate) u64);
 
@@ -103,12 +105,13 @@ fn upstream(count: usize) -> Vec<f64> {
     (0..count).map(|_| f64::from(numbers.normal() as f32)).collect()
 }
 
-/// Fails unless all of `got` lie within `tolerance` times the largest of `want`, or times 0.1
-/// where all are smaller: inputs are about 1, so a small sum is what their rounding left over.
+/// Fails unless all of `got` lie within `tolerance` times the largest of `want`, or within
+/// `tolerance` where all are smaller than 1: inputs are about 1, so what is smaller is a sum that
+/// cancelled and has the rounding of its terms.
 #[track_caller]
 pub(crate) fn close(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
     assert_eq!(got.len(), want.len(), "{what}: how many numbers");
-    let size = want.iter().fold(0.0f64, |size, x| size.max(x.abs())).max(0.1);
+    let size = want.iter().fold(0.0f64, |size, x| size.max(x.abs())).max(1.0);
     for (index, (got, want)) in got.iter().zip(want).enumerate() {
         assert!(
             (got - want).abs() <= tolerance * size,
@@ -117,7 +120,7 @@ pub(crate) fn close(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
     }
 }
 
-/// Compares the fast path in `f32` with the reference in `f64`, outputs and gradients.
+/// Compares the fast path in `f32`, at every instruction set there is, with the reference in `f64`, outputs and gradients.
 #[track_caller]
 pub(crate) fn agree<const D: usize>(
     what: &str,
@@ -126,18 +129,21 @@ pub(crate) fn agree<const D: usize>(
     inputs: &[Input],
     tolerance: f64,
 ) {
-    let (output, gradients) = run(fast, inputs, DType::F32);
     let (wanted_output, wanted_gradients) = run(reference, inputs, DType::F64);
-    close(&format!("{what}: output"), &output, &wanted_output, tolerance);
-    for (index, (got, want)) in gradients.iter().zip(&wanted_gradients).enumerate() {
-        match (got, want) {
-            (Some(got), Some(want)) => {
-                close(&format!("{what}: gradient of input {index}"), got, want, tolerance);
+    at_every_level(|level| {
+        let what = format!("{what} at {level:?}");
+        let (output, gradients) = run(&fast, inputs, DType::F32);
+        close(&format!("{what}: output"), &output, &wanted_output, tolerance);
+        for (index, (got, want)) in gradients.iter().zip(&wanted_gradients).enumerate() {
+            match (got, want) {
+                (Some(got), Some(want)) => {
+                    close(&format!("{what}: gradient of input {index}"), got, want, tolerance);
+                }
+                (None, None) => {}
+                _ => panic!("{what}: input {index} has a gradient in one form only"),
             }
-            (None, None) => {}
-            _ => panic!("{what}: input {index} has a gradient in one form only"),
         }
-    }
+    });
 }
 
 /// Compares the gradients of the reference in `f64` with central differences.

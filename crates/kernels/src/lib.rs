@@ -10,6 +10,7 @@ pub mod adamw;
 pub mod attention;
 #[cfg(test)]
 mod check;
+mod disjoint;
 pub mod embed;
 pub mod gated;
 pub mod head;
@@ -18,10 +19,13 @@ mod linear;
 pub mod matrix;
 pub mod rms_norm;
 pub mod rotary;
+mod scratch;
+mod simd;
 mod spans;
 mod squared_norm;
 mod table;
 pub mod tape;
+mod tile;
 
 pub use activation::{Activation, activate};
 pub use adamw::{AdamwStep, adamw};

@@ -1,5 +1,9 @@
 //! Attention within documents.
 
+mod backward;
+mod block;
+mod fast;
+mod forward;
 pub mod reference;
 
 use std::ops::Range;
@@ -7,6 +11,7 @@ use std::ops::Range;
 use tensor::Tensor;
 
 use crate::spans::Spans;
+use crate::tape::{apply, is_fast};
 
 /// Says how queries see keys.
 #[derive(Clone, Debug, PartialEq)]
@@ -110,6 +115,15 @@ pub fn attention(
     options: &AttentionOptions,
 ) -> Tensor<2> {
     options.check(&q, &k, &v, queries, keys);
+    if is_fast(&q) && is_fast(&k) && is_fast(&v) {
+        let operation = fast::Attention {
+            options: options.clone(),
+            queries: queries.clone(),
+            keys: keys.clone(),
+        };
+        let inputs = [q, k, v].map(Tensor::into_dispatch);
+        return Tensor::from_dispatch(apply(operation, inputs));
+    }
     reference::attention(q, k, v, queries, keys, options)
 }
 

@@ -70,7 +70,7 @@ fn fast_is_the_reference() {
             |x| case.fast(x),
             |x| case.reference(x),
             &case.inputs,
-            1e-5,
+            5e-6,
         );
     }
 }
