@@ -13,6 +13,10 @@ pub enum Error {
     #[error(transparent)]
     Safetensors(#[from] retune_files::safetensors::SafetensorsError),
 
+    /// A GGUF file cannot be read.
+    #[error(transparent)]
+    Gguf(#[from] retune_files::gguf::GgufError),
+
     /// Quantised blocks cannot be read or made.
     #[error(transparent)]
     Blocks(#[from] retune_files::ggml::GgmlError),
