@@ -9,6 +9,8 @@ mod error;
 mod fixtures;
 pub mod labels;
 pub mod mask;
+pub mod order;
+pub mod pack;
 pub mod prepare;
 pub mod read;
 pub mod shape;

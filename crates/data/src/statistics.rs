@@ -59,6 +59,34 @@ impl Statistics {
         self.lengths[bucket] += 1;
     }
 
+    /// Adds the counts of further rows.
+    pub(crate) fn absorb(&mut self, other: &Self) {
+        self.rows += other.rows;
+        self.rows_broken += other.rows_broken;
+        self.rows_without_learned_token += other.rows_without_learned_token;
+        self.rows_too_long += other.rows_too_long;
+        self.rows_cut += other.rows_cut;
+        self.rows_cut_learned += other.rows_cut_learned;
+        self.tokens += other.tokens;
+        self.learned_tokens += other.learned_tokens;
+        self.tokens_cut += other.tokens_cut;
+        self.learned_tokens_cut += other.learned_tokens_cut;
+        if other.longest > self.longest {
+            (self.longest, self.longest_line) = (other.longest, other.longest_line);
+        }
+        self.longest_uncut = self.longest_uncut.max(other.longest_uncut);
+        self.double_bos += other.double_bos;
+        self.appended_end += other.appended_end;
+        self.turns_without_end += other.turns_without_end;
+        self.melted_borders += other.melted_borders;
+        if self.lengths.len() < other.lengths.len() {
+            self.lengths.resize(other.lengths.len(), 0);
+        }
+        for (mine, theirs) in self.lengths.iter_mut().zip(&other.lengths) {
+            *mine += theirs;
+        }
+    }
+
     /// The fraction of tokens that are learned, 0 to 1.
     pub fn learned_frac(&self) -> f64 {
         if self.tokens == 0 { 0.0 } else { self.learned_tokens as f64 / self.tokens as f64 }
@@ -133,7 +161,9 @@ mod tests {
     fn lengths_fall_into_powers_of_two() {
         let mut statistics = Statistics::default();
         for (tokens, line) in [(1, 1), (2, 2), (3, 3), (4, 4), (9, 5), (9, 6)] {
-            statistics.count_kept(tokens, 1, line);
+            let mut one = Statistics::default();
+            one.count_kept(tokens, 1, line);
+            statistics.absorb(&one);
         }
         assert_eq!(statistics.lengths, [1, 2, 1, 2]);
         assert_eq!((statistics.longest, statistics.longest_line), (9, 5));

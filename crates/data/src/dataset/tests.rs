@@ -90,3 +90,25 @@ fn a_row_that_breaks_the_shape_later_is_named() {
     let error = prepare(&rows, 64, Keep::InMemory).unwrap_err();
     assert!(error.starts_with("d.jsonl, line 151: the field `text` is missing"), "{error}");
 }
+
+#[test]
+fn the_split_keeps_equal_rows_together() {
+    let rows: String = (0..40).map(|i| format!("{{\"text\": \"{}\"}}\n", i % 20)).collect();
+    let data = prepare(&rows, 64, Keep::InMemory).unwrap();
+    let split = data.split(Held::Rows(10), 1).unwrap();
+    assert_eq!((split.train.len(), split.validation.len()), (30, 10));
+    for &row in &split.validation {
+        assert!(split.validation.contains(&((row + 20) % 40)), "{split:?}");
+    }
+}
+
+#[test]
+fn many_rows_keep_their_order_over_chunks_and_threads() {
+    let rows: String = (0..3000).map(|i| format!("{{\"text\": \"{i}\"}}\n")).collect();
+    let data = prepare(&rows, 64, Keep::InMemory).unwrap();
+    for row in [0, 1023, 1024, 2999] {
+        assert_eq!(data.row(row).unwrap().source_line, row + 1);
+    }
+    assert_eq!(data.statistics().rows, 3000);
+    assert_eq!((data.statistics().longest, data.statistics().longest_line), (5, 1001));
+}
