@@ -3,6 +3,8 @@
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
+use retune_files::atomic::{AtomicFolder, recover};
+
 use crate::catalogue::Package;
 use crate::{HubError, HubEvent, HubObserver};
 
@@ -37,16 +39,18 @@ pub(crate) fn incomplete(folder: &Path, package: &Package) -> Option<String> {
 #[derive(Debug)]
 pub(crate) struct Claim {
     target: PathBuf,
-    partial: PathBuf,
     _lock: File,
 }
 
 impl Claim {
-    /// Waits for the right to fill `target` and clears what a killed process left behind.
+    /// Waits for the right to fill `target` and clears what a killed process left beside it.
     pub(crate) fn take(target: &Path, observer: &mut dyn HubObserver) -> Result<Self, HubError> {
         let parent = target.parent().unwrap_or(Path::new("."));
         std::fs::create_dir_all(parent).map_err(HubError::io("create the folder", parent))?;
-        let lock_path = beside(target, ".lock");
+        let mut name = std::ffi::OsString::from(".");
+        name.push(target.file_name().unwrap_or_default());
+        name.push(".lock");
+        let lock_path = target.with_file_name(name);
         let lock = File::options()
             .create(true)
             .truncate(false)
@@ -63,59 +67,14 @@ impl Claim {
                 return Err(HubError::io("lock", &lock_path)(error));
             }
         }
-        Ok(Self { target: target.to_owned(), partial: beside(target, ".partial"), _lock: lock })
+        recover(target)?;
+        Ok(Self { target: target.to_owned(), _lock: lock })
     }
 
-    /// An empty folder on the same file system, to be filled and then published.
-    pub(crate) fn empty_partial(&self) -> Result<&Path, HubError> {
-        self.discard()?;
-        std::fs::create_dir_all(&self.partial)
-            .map_err(HubError::io("create the folder", &self.partial))?;
-        Ok(&self.partial)
+    /// A folder to fill, which then stands at the target in one step.
+    pub(crate) fn folder(&self) -> Result<AtomicFolder, HubError> {
+        Ok(AtomicFolder::create(&self.target)?)
     }
-
-    /// Removes the partial folder.
-    pub(crate) fn discard(&self) -> Result<(), HubError> {
-        match std::fs::remove_dir_all(&self.partial) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(HubError::io("remove", &self.partial)(error))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Makes `filled` (inside the partial folder) the target, in one step.
-    pub(crate) fn publish(self, filled: &Path) -> Result<PathBuf, HubError> {
-        if self.target.exists() {
-            let aside = self.partial.join("replaced");
-            std::fs::rename(&self.target, &aside)
-                .map_err(HubError::io("move aside", &self.target))?;
-        }
-        std::fs::rename(filled, &self.target)
-            .map_err(HubError::io("publish the download as", &self.target))?;
-        if let Some(parent) = self.target.parent() {
-            sync_folder(parent)?;
-        }
-        self.discard()?;
-        Ok(self.target)
-    }
-}
-
-/// Makes a rename in `folder` survive a power cut, where the system can.
-fn sync_folder(folder: &Path) -> Result<(), HubError> {
-    if cfg!(unix) {
-        File::open(folder)
-            .and_then(|folder| folder.sync_all())
-            .map_err(HubError::io("flush", folder))?;
-    }
-    Ok(())
-}
-
-fn beside(target: &Path, suffix: &str) -> PathBuf {
-    let mut name = std::ffi::OsString::from(".");
-    name.push(target.file_name().unwrap_or_default());
-    name.push(suffix);
-    target.with_file_name(name)
 }
 
 #[cfg(test)]
@@ -123,23 +82,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_claim_clears_leftovers_and_publishes_whole() {
+    fn a_claim_clears_what_a_killed_process_left() {
         let cache = tempfile::tempdir().unwrap();
         let target = cache.path().join("models/m-1");
-        let leftover = cache.path().join("models/.m-1.partial/half");
+        let leftover = cache.path().join("models/.m-1.4711-0.partial/half");
         std::fs::create_dir_all(leftover.parent().unwrap()).unwrap();
         std::fs::write(&leftover, "half").unwrap();
 
         let claim = Claim::take(&target, &mut ()).unwrap();
-        let partial = claim.empty_partial().unwrap().to_owned();
         assert!(!leftover.exists());
-        let filled = partial.join("files");
-        std::fs::create_dir(&filled).unwrap();
-        std::fs::write(filled.join("w"), "whole").unwrap();
+        let folder = claim.folder().unwrap();
+        std::fs::write(folder.path().join("w"), "whole").unwrap();
         assert!(!target.exists());
-        assert_eq!(claim.publish(&filled).unwrap(), target);
+        folder.replace().unwrap();
         assert_eq!(std::fs::read_to_string(target.join("w")).unwrap(), "whole");
-        assert!(!partial.exists());
     }
 
     #[test]

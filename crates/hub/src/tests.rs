@@ -269,9 +269,9 @@ fn an_archive_without_the_file_and_one_that_is_no_zip_are_refused() {
 #[test]
 fn a_half_unpacked_cache_is_ignored_and_mended() {
     let case = Case::new();
-    let partial = case.folder().with_file_name(".small-pkg-1.2.partial");
-    std::fs::create_dir_all(partial.join("files")).unwrap();
-    std::fs::write(partial.join("files/w.gguf"), &WEIGHTS[..9]).unwrap();
+    let partial = case.folder().with_file_name(".small-pkg-1.2.4711-0.partial");
+    std::fs::create_dir_all(&partial).unwrap();
+    std::fs::write(partial.join("w.gguf"), &WEIGHTS[..9]).unwrap();
     std::fs::create_dir_all(case.folder()).unwrap();
     std::fs::write(case.folder().join("w.gguf"), &WEIGHTS[..9]).unwrap();
 
