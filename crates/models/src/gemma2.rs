@@ -28,7 +28,7 @@ pub(crate) fn gemma2(config: &Config) -> Result<Box<dyn Model>> {
     let windowed = windowed_layers(config, sizes.num_layers, |i| i.is_multiple_of(2))?;
     let block = |is_windowed: bool| {
         let window = window.filter(|_| is_windowed);
-        Block { rope: rope.clone(), attention: AttentionOptions { window, ..attention } }
+        Block { rope: rope.clone(), attention: AttentionOptions { window, ..attention.clone() } }
     };
     let blocks = windowed.into_iter().map(block).collect();
     family(config, GEMMA2, sizes, false, soft_cap(config, "final_logit_softcapping", Some(30.0))?, 8192, blocks)

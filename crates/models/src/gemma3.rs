@@ -43,7 +43,7 @@ pub(crate) fn gemma3(config: &Config) -> Result<Box<dyn Model>> {
     let block = |is_windowed: bool| {
         let window = window.filter(|_| is_windowed);
         let rope = if is_windowed { &local } else { &global };
-        Block { rope: rope.clone(), attention: AttentionOptions { window, ..attention } }
+        Block { rope: rope.clone(), attention: AttentionOptions { window, ..attention.clone() } }
     };
     let blocks = windowed.into_iter().map(block).collect();
     let soft_cap = gemma2::soft_cap(config, "final_logit_softcapping", None)?;

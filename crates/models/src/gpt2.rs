@@ -127,7 +127,7 @@ impl Model for Gpt2 {
 
     fn layer(&self, pass: &mut Pass<'_>, index: usize, x: Tensor<2>) -> Result<Tensor<2>> {
         let block = format!("{}h.{index}", self.prefix);
-        let mut options = self.attention;
+        let mut options = self.attention.clone();
         if self.scale_by_layer {
             options.scale /= (index + 1) as f64;
         }

@@ -1,7 +1,7 @@
 //! What a checkpoint's class says comes out of it: next tokens, classes or vectors.
 
 use crate::config::{Config, MAX_SIDE};
-use crate::decoder::WeightList;
+use crate::weight_list::WeightList;
 use retune_core::model::Output;
 use retune_core::pass::Pass;
 use retune_core::spec::{Head, Role};
@@ -27,7 +27,7 @@ pub enum Task {
 
 /// How the states of a document's tokens become one vector.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pooling {
+pub(crate) enum Pooling {
     /// The mean over all tokens.
     Mean,
     /// The first token's.
