@@ -5,6 +5,12 @@ use std::path::{Path, PathBuf};
 use retune_core::{Error, Result};
 use serde_json::Value;
 
+/// The longest side of a matrix that is believed: three of them multiply without overflow.
+pub const MAX_SIDE: usize = 1 << 20;
+
+/// The largest number of blocks that is believed.
+pub const MAX_LAYERS: usize = 4096;
+
 /// A configuration with the place it came from.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -16,6 +22,20 @@ impl Config {
     /// Takes a configuration that was read from `path`.
     pub fn new(path: &Path, value: Value) -> Self {
         Self { path: path.to_path_buf(), value }
+    }
+
+    /// Returns the file the configuration came from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Replaces one key.
+    #[must_use]
+    pub fn with(mut self, key: &str, value: impl Into<Value>) -> Self {
+        if let Value::Object(map) = &mut self.value {
+            map.insert(key.to_owned(), value.into());
+        }
+        self
     }
 
     /// Returns the whole configuration.
@@ -58,6 +78,59 @@ impl Config {
         }
     }
 
+    /// Reads the width of a matrix or the number of its rows.
+    ///
+    /// # Errors
+    /// As [`Config::size`]; also above [`MAX_SIDE`], beyond which products of sides overflow.
+    pub fn side(&self, key: &str) -> Result<usize> {
+        let side = self.size(key)?;
+        self.at_most(key, side, MAX_SIDE)
+    }
+
+    /// Reads a side that may be absent.
+    ///
+    /// # Errors
+    /// As [`Config::side`] where it is present.
+    pub fn optional_side(&self, key: &str) -> Result<Option<usize>> {
+        self.optional_size(key)?.map(|side| self.at_most(key, side, MAX_SIDE)).transpose()
+    }
+
+    /// Checks a number that was read against a limit.
+    ///
+    /// # Errors
+    /// [`Error::Content`] if it is larger.
+    pub fn at_most(&self, key: &str, value: usize, limit: usize) -> Result<usize> {
+        if value <= limit {
+            return Ok(value);
+        }
+        Err(self.wrong(key, &format!("at most {limit}"), value.to_string()))
+    }
+
+    /// Reads a number above zero that may be absent.
+    ///
+    /// # Errors
+    /// [`Error::Content`] if it is present and not a finite number above zero.
+    pub fn positive(&self, key: &str) -> Result<Option<f64>> {
+        match self.number(key)? {
+            Some(number) if number <= 0.0 => {
+                Err(self.wrong(key, "a number above zero", number.to_string()))
+            }
+            number => Ok(number),
+        }
+    }
+
+    /// Reads a share of the whole, `default` where absent.
+    ///
+    /// # Errors
+    /// [`Error::Content`] if it is present and not in `0..1`.
+    pub fn rate(&self, key: &str, default: f64) -> Result<f64> {
+        match self.number(key)? {
+            None => Ok(default),
+            Some(rate) if (0.0..1.0).contains(&rate) => Ok(rate),
+            Some(rate) => Err(self.wrong(key, "a rate from 0 to below 1", rate.to_string())),
+        }
+    }
+
     /// Reads a number that may be absent.
     ///
     /// # Errors
@@ -94,9 +167,15 @@ impl Config {
         self.wrong(key, expected, found)
     }
 
-    /// Returns a part of the configuration as one of its own, e.g. `rope_parameters`.
-    pub fn part(&self, key: &str) -> Option<Self> {
-        let value = self.get(key).filter(|value| value.is_object())?;
-        Some(Self { path: self.path.clone(), value: value.clone() })
+    /// Reads a part of the configuration as one of its own, e.g. `rope_parameters`.
+    ///
+    /// # Errors
+    /// [`Error::Content`] if it is present and not an object.
+    pub fn part(&self, key: &str) -> Result<Option<Self>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        if !value.is_object() {
+            return Err(self.wrong(key, "an object", value.to_string()));
+        }
+        Ok(Some(Self { path: self.path.clone(), value: value.clone() }))
     }
 }

@@ -9,6 +9,9 @@ use retune_core::weights::{Stored, WeightSource};
 use retune_core::{Error, Result};
 use retune_files::safetensors::Safetensors;
 
+/// A configuration of more bytes than this is not read.
+const MAX_CONFIG_BYTES: u64 = 64 << 20;
+
 /// The weights of a folder, under the names of the model's class.
 #[derive(Debug)]
 pub struct FolderSource {
@@ -17,37 +20,61 @@ pub struct FolderSource {
     names: BTreeMap<String, String>,
 }
 
+/// What a file's names lack or have too much against the class's.
+#[derive(Debug, Clone, Copy)]
+enum Prefix {
+    Same,
+    Add(&'static str),
+    Strip(&'static str),
+}
+
+impl Prefix {
+    fn apply(self, stored: &str) -> String {
+        // Encoders converted from TensorFlow keep that library's words for gain and shift.
+        let stored = stored
+            .strip_suffix("LayerNorm.gamma")
+            .map(|rest| format!("{rest}LayerNorm.weight"))
+            .or_else(|| stored.strip_suffix("LayerNorm.beta").map(|r| format!("{r}LayerNorm.bias")))
+            .unwrap_or_else(|| stored.to_owned());
+        match self {
+            Self::Same => stored,
+            Self::Add(prefix) => format!("{prefix}{stored}"),
+            Self::Strip(prefix) => stored.strip_prefix(prefix).unwrap_or(&stored).to_owned(),
+        }
+    }
+}
+
 impl FolderSource {
-    /// Opens the safetensors of a folder for a model.
+    /// Opens the safetensors of a folder for a model. Reads no weights.
     ///
-    /// A checkpoint of the bare encoder or decoder lacks the class's prefix (`bert.`, `model.`,
-    /// `transformer.`); the prefix is added where that makes the names fit.
+    /// A checkpoint of the bare model lacks what stands before its names in a class with a head
+    /// (`bert.`, `model.`, `transformer.`), and the other way round; it is added or taken away
+    /// where that makes the names fit.
     ///
     /// # Errors
     /// If the files cannot be read.
     pub fn open(path: &Path, spec: &ModelSpec) -> Result<Self> {
         let tensors = Safetensors::open(path)?;
-        let prefixes = ["", "model.", "bert.", "roberta.", "transformer."];
-        let fits = |prefix: &str| {
-            spec.weights
-                .iter()
-                .filter(|weight| {
-                    let stored = weight.name.strip_prefix(prefix);
-                    stored.is_some_and(|stored| tensors.get(stored).is_some())
-                })
-                .count()
+        let mut ways = vec![Prefix::Same];
+        for prefix in ["model.", "bert.", "transformer."] {
+            ways.extend([Prefix::Add(prefix), Prefix::Strip(prefix)]);
+        }
+        let rename = |way: Prefix| -> BTreeMap<String, String> {
+            tensors.names().map(|name| (way.apply(name), name.to_owned())).collect()
+        };
+        let fits = |names: &BTreeMap<String, String>| {
+            spec.weights.iter().filter(|weight| names.contains_key(&weight.name)).count()
         };
         // The first of equals wins, so that names that fit as they are stay as they are.
-        let mut best = ("", fits(""));
-        for prefix in &prefixes[1..] {
-            let count = fits(prefix);
-            if count > best.1 {
-                best = (prefix, count);
+        let mut names = rename(Prefix::Same);
+        let mut most = fits(&names);
+        for way in ways {
+            let renamed = rename(way);
+            let count = fits(&renamed);
+            if count > most {
+                (names, most) = (renamed, count);
             }
         }
-        let (prefix, _) = best;
-        let names =
-            tensors.names().map(|name| (format!("{prefix}{name}"), name.to_owned())).collect();
         Ok(Self { tensors, names })
     }
 }
@@ -70,7 +97,7 @@ impl WeightSource for FolderSource {
 /// Reads `config.json` of a folder.
 ///
 /// # Errors
-/// If it is absent or not JSON.
+/// If it is absent, too large or not a JSON object.
 pub fn read_config(folder: &Path) -> Result<Config> {
     let path = folder.join("config.json");
     let content = |what: &str, found: String| Error::Content {
@@ -80,9 +107,16 @@ pub fn read_config(folder: &Path) -> Result<Config> {
         found,
         help: "give a folder with config.json and model.safetensors, or a .gguf file".to_owned(),
     };
-    let text = std::fs::read_to_string(&path)
-        .map_err(|error| content("the file cannot be read", error.to_string()))?;
-    let value = serde_json::from_str(&text)
+    let unreadable = |error: std::io::Error| content("the file cannot be read", error.to_string());
+    let bytes = std::fs::metadata(&path).map_err(unreadable)?.len();
+    if bytes > MAX_CONFIG_BYTES {
+        return Err(content("the file is too large", format!("{bytes} bytes")));
+    }
+    let text = std::fs::read_to_string(&path).map_err(unreadable)?;
+    let value: serde_json::Value = serde_json::from_str(&text)
         .map_err(|error| content("the file is not JSON", error.to_string()))?;
+    if !value.is_object() {
+        return Err(content("the file is not a JSON object", "another JSON value".to_owned()));
+    }
     Ok(Config::new(&path, value))
 }

@@ -1,1 +1,6 @@
 //! Tiny models, golden loader and conformance suites shared by the tests.
+//!
+//! The helpers fail a test by panicking, with what was compared, where, and both values.
+
+pub mod golden;
+pub mod tiny;
