@@ -6,6 +6,7 @@
 
 pub mod atomic;
 mod bytes;
+mod digest;
 mod dtype;
 pub mod ggml;
 pub mod gguf;
@@ -13,7 +14,9 @@ mod near;
 pub mod numbers;
 mod placed;
 pub mod safetensors;
+pub mod tfevents;
 
 pub use bytes::{FileBytes, FileSlice};
+pub use digest::{sha256, sha256_file};
 pub use dtype::{Dtype, EncodeError};
 pub use placed::{SaveError, TensorProblem};

@@ -278,7 +278,7 @@ fn rows_that_do_not_divide_into_blocks() {
 
 #[test]
 fn shape_whose_product_overflows() {
-    for dims in [&[1 << 62, 4][..], &[1 << 32, 1 << 32], &[1 << 40, 1 << 40, 0], &[1 << 63, 2, 0]] {
+    for dims in [&[1 << 62, 4][..], &[1 << 32, 1 << 32], &[1 << 40, 1 << 40, 0], &[0, 1 << 63, 2]] {
         let raw = Raw::with_infos(&[info("a", dims, 0, 0)]);
         let problem = raw.problem();
         assert!(

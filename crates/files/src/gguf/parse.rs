@@ -149,17 +149,23 @@ impl Info {
     }
 }
 
-/// Returns the bytes a tensor takes, row by row, since blocks do not span rows; `None` if a product
-/// overflows, also where a zero among the dimensions would hide it.
+/// Returns the bytes a tensor takes; `None` if the product of its shape overflows, also where a zero
+/// among the dimensions would hide it from some orders of multiplying.
+///
+/// # Errors
+/// If a row does not divide into blocks: blocks do not span rows.
 pub(super) fn byte_count(
     kind: BlockType,
     shape: &[usize],
 ) -> Result<Option<usize>, crate::ggml::GgmlError> {
-    let (row, rows) = shape.split_last().map_or((1, &[][..]), |(row, rows)| (*row, rows));
-    let row_bytes = kind.bytes_for(row)?;
-    let mut nonzero = rows.iter().filter(|d| **d != 0);
-    let product = nonzero.try_fold(row_bytes, |product, d| product.checked_mul(*d));
-    Ok(product.map(|product| if rows.contains(&0) { 0 } else { product }))
+    kind.bytes_for(shape.last().copied().unwrap_or(1))?;
+    let mut nonzero = shape.iter().filter(|d| **d != 0);
+    let values = nonzero.try_fold(1usize, |product, d| product.checked_mul(*d));
+    match values {
+        Some(_) if shape.contains(&0) => Ok(Some(0)),
+        Some(values) => kind.bytes_for(values).map(Some),
+        None => Ok(None),
+    }
 }
 
 struct Cursor<'a> {
