@@ -28,6 +28,7 @@ const RULES: &[(&str, Allowed)] = &[
     ("merge", ON_CORE),
     ("inspect", ON_CORE),
     ("search", ON_CORE),
+    ("evaluate", ON_CORE),
     ("testkit", Allowed::These(&["core", "kernels", "files"])),
     ("run", Allowed::AllBut(&["cli", "web", "testkit"])),
     ("web", Allowed::AllBut(&["cli", "testkit"])),

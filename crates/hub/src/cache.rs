@@ -67,7 +67,8 @@ impl Claim {
                 return Err(HubError::io("lock", &lock_path)(error));
             }
         }
-        recover(target)?;
+        // The pip of a killed process may still be writing there; then a later call clears it.
+        let _ = recover(target);
         Ok(Self { target: target.to_owned(), _lock: lock })
     }
 
