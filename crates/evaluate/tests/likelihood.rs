@@ -111,6 +111,17 @@ fn batches_and_shared_inputs_change_nothing() {
 }
 
 #[test]
+fn the_letters_of_one_question_are_read_once() {
+    let model = bigram(&table(), 16);
+    let requests: Vec<Request> = (0..3).map(|letter| request(&[0, 1, 2, 1], &[letter])).collect();
+    let found = log_likelihoods(&model.tuned(), &requests, &Budget::default()).unwrap();
+    assert_eq!(model.take_num_read(), 4);
+    for (found, probability) in found.iter().zip([0.125_f64, 0.125, 0.75]) {
+        assert!(close(found.sum, probability.ln()));
+    }
+}
+
+#[test]
 fn contexts_lose_their_left_end() {
     let model = attention(23, 32);
     let long = request(&[1, 2, 3, 4, 5, 6, 7, 8], &[9, 10]);
