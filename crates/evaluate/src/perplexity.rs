@@ -52,9 +52,9 @@ impl Perplexity {
 ///
 /// The first window predicts as many tokens as the model reads, the first of them after `prefix`.
 /// Every later one predicts at most `longest - overlap + 1` more, with as much context as then
-/// fits: with an `overlap` of 1 windows are disjoint, the fastest and what lm-evaluation-harness
-/// does; a larger one gives the first tokens of a window more to go by. Without a prefix the
-/// document's own first token is context and not predicted.
+/// fits: with an `overlap` of 1 full windows share no token but the one they begin with, which is
+/// fastest and what lm-evaluation-harness does; a larger one gives the first tokens of a window
+/// more to go by. Without a prefix the document's own first token is context and not predicted.
 ///
 /// # Errors
 /// [`Error::Setting`] unless `overlap` is in `1..=longest`.
@@ -63,7 +63,8 @@ impl Perplexity {
 /// use retune_evaluate::perplexity::windows;
 /// let cut = windows(&[1, 2, 3, 4, 5], Some(0), 2, 1)?;
 /// let list: Vec<_> = cut.iter().map(|w| (&w.context[..], &w.continuation[..])).collect();
-/// assert_eq!(list, [(&[0][..], &[1, 2][..]), (&[2], &[3, 4]), (&[4], &[5])]);
+/// // Each reads 2 tokens: all but its last. The last window has room for more context.
+/// assert_eq!(list, [(&[0][..], &[1, 2][..]), (&[2], &[3, 4]), (&[3, 4], &[5])]);
 /// # Ok::<(), retune_evaluate::Error>(())
 /// ```
 pub fn windows(

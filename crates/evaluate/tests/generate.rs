@@ -1,5 +1,7 @@
 //! Answers of models worked out by hand, alone and in company.
 
+#![expect(clippy::unwrap_used, reason = "a test fails where a helper of it cannot go on")]
+
 use std::ops::ControlFlow;
 
 mod models;
@@ -177,21 +179,47 @@ fn a_dialogue_answers_as_if_all_were_read_anew() {
 
 #[test]
 fn a_dialogue_reads_only_what_is_new() {
-    // Reading "4" of the second turn anew would need the first turn's tokens: a model that
-    // averages all tokens tells whether they are still there, once.
-    let n = 3;
-    let model = average(n, vec![0.0, 0.0, 4.0, 1.0, 3.0, 0.0, 2.0, 0.0, 0.0], 64);
-    let options = Generation { max_new_tokens: 1, ..Generation::default() };
-    let head = [0.0, 0.0, 4.0, 1.0, 3.0, 0.0, 2.0, 0.0, 0.0];
+    // Only the token before counts, so every answer of three tokens is known.
+    let model = bigram(&chain(), 64);
+    let options = Generation { max_new_tokens: 3, ..Generation::default() };
     let mut dialogue = Dialogue::default();
-    let mut text = vec![0, 1];
-    for _ in 0..5 {
-        let prompt = Prompt::new(text.clone(), Seed(0), 0);
-        let found = dialogue.reply(&model.tuned(), prompt, &options, &mut unwatched).unwrap();
-        assert_eq!(found.tokens, continue_average(n, &head, &text, 1), "{text:?}");
-        text.extend(found.tokens);
-        text.push(2);
-    }
+    let mut reply = |text: &[u32]| {
+        let prompt = Prompt::new(text.to_vec(), Seed(0), 0);
+        dialogue.reply(&model.tuned(), prompt, &options, &mut unwatched).unwrap().tokens
+    };
+    assert_eq!(reply(&[0, 0, 0, 0]), [1, 2, 3]);
+    // Four of the prompt, two of the answer: its last token tells nothing yet.
+    assert_eq!(model.take_num_read(), 6);
+    assert_eq!(reply(&[0, 0, 0, 0, 1, 2, 3, 0, 1]), [2, 3, 4]);
+    // The answer's last token, two of the question, two of the new answer.
+    assert_eq!(model.take_num_read(), 5);
+    // A change near the start makes all twelve be read again, however long the rest is.
+    assert_eq!(reply(&[0, 0, 0, 1, 1, 2, 3, 0, 1, 2, 3, 0]), [1, 2, 3]);
+    assert_eq!(model.take_num_read(), 14);
+    // Exactly what was read leaves no token to go on from: all fourteen again.
+    assert_eq!(reply(&[0, 0, 0, 1, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2]), [3, 4, 4]);
+    assert_eq!(model.take_num_read(), 16);
+}
+
+#[test]
+fn the_penalty_sees_prompt_and_answer() {
+    let model = bigram(&chain(), 64);
+    let sampling = Sampling { repetition_penalty: 10.0, ..Sampling::greedy() };
+    let options = Generation { sampling, max_new_tokens: 7, ..Generation::default() };
+    let found = generate(&model.tuned(), prompts(&[&[3]]), &options, &mut unwatched).unwrap();
+    // ln 0.6 = -0.5 and ln 0.1 = -2.3; seen tokens have -5.1 and -23. After 4, which 4 would
+    // follow, the first unseen one is best; after 2 all are seen, and the chain goes on. That a
+    // token was seen twice does not count twice.
+    assert_eq!(found[0].tokens, [4, 0, 1, 2, 3, 4, 4]);
+}
+
+#[test]
+fn each_token_is_read_once() {
+    let model = bigram(&chain(), 64);
+    let options = Generation { max_new_tokens: 4, max_parallel: 2, ..Generation::default() };
+    let inputs = prompts(&[&[0, 1, 0], &[2; 7], &[4]]);
+    generate(&model.tuned(), inputs, &options, &mut unwatched).unwrap();
+    assert_eq!(model.take_num_read(), (3 + 3) + (7 + 3) + (1 + 3));
 }
 
 #[test]

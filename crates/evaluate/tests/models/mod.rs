@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use retune_core::Result;
 use retune_core::change::Changes;
@@ -61,6 +62,7 @@ pub(crate) struct Tiny {
 struct TinyModel {
     spec: Arc<ModelSpec>,
     body: Body,
+    num_read: AtomicUsize,
 }
 
 impl Tiny {
@@ -112,7 +114,13 @@ impl Tiny {
         let weights = Weights::new(source, Arc::clone(&spec), Packing::default(), &device).unwrap();
         let parameters = Parameters::new(&device);
         let changes = Changes::default();
-        Self { model: TinyModel { spec, body }, weights, changes, parameters }
+        let model = TinyModel { spec, body, num_read: AtomicUsize::new(0) };
+        Self { model, weights, changes, parameters }
+    }
+
+    /// Returns how many tokens went through the model since the last call.
+    pub(crate) fn take_num_read(&self) -> usize {
+        self.model.num_read.swap(0, Ordering::Relaxed)
     }
 
     pub(crate) fn tuned(&self) -> Tuned<'_> {
@@ -202,6 +210,7 @@ impl Model for TinyModel {
     }
 
     fn embed(&self, pass: &mut Pass<'_>) -> Result<Tensor<2>> {
+        self.num_read.fetch_add(pass.batch().num_tokens(), Ordering::Relaxed);
         let x = pass.embed("embed", &pass.batch().tokens)?;
         if self.body != Body::Attention {
             return Ok(x);
