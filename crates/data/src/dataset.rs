@@ -63,30 +63,28 @@ impl Dataset {
         let sample: Vec<Row> = file.rows().take(SAMPLE).collect::<Result<_>>()?;
         let shaper = Shaper::detect(file.path(), &sample, shape)?;
         drop(sample);
-        let example_at = |index: usize| {
-            let row = file.read(index)?;
-            let example = shaper.example(&row).map_err(|e| e.at(file.path(), row.line))?;
-            Ok::<_, Error>((example, row.line))
-        };
+        let example_of = |row: &Row| shaper.example(row).map_err(|e| e.at(file.path(), row.line));
         let labels = match labels {
             Some(labels) => Some(labels),
-            None => collect_labels(&file, example_at)?,
+            None => collect_labels(&file, &shaper)?,
         };
         let mut statistics =
             Statistics { rows_broken: file.skipped().len(), ..Statistics::default() };
         let (mut memory, mut kept, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
         let mut contents = Vec::new();
-        let prepare_one = |index: usize| {
+        let prepare_one = |row: Result<Row>| {
+            let row = row?;
             let mut counted = Statistics::default();
-            let (example, line) = example_at(index)?;
-            let row = preparer
-                .row(&example, labels.as_ref(), line, &mut counted)
-                .map_err(|e| e.at(file.path(), line))?;
-            Ok::<_, Error>((row, counted))
+            let token_row = preparer
+                .row(&example_of(&row)?, labels.as_ref(), row.line, &mut counted)
+                .map_err(|e| e.at(file.path(), row.line))?;
+            Ok::<_, Error>((token_row, counted))
         };
         for start in (0..file.len()).step_by(CHUNK) {
             let chunk = start..file.len().min(start + CHUNK);
-            let prepared: Vec<_> = chunk.clone().into_par_iter().map(prepare_one).collect();
+            // Files are read in order, which some forms need to be fast; the work is spread.
+            let rows: Vec<_> = chunk.clone().map(|index| file.read(index)).collect();
+            let prepared: Vec<_> = rows.into_par_iter().map(prepare_one).collect();
             for (index, prepared) in chunk.zip(prepared) {
                 let (row, counted) = prepared?;
                 statistics.absorb(&counted);
@@ -212,13 +210,11 @@ fn content(row: &TokenRow) -> u64 {
 }
 
 /// Collects the labels of a labelled file; `None` for other shapes.
-fn collect_labels(
-    file: &RowFile,
-    example_at: impl Fn(usize) -> Result<(Example, usize)>,
-) -> Result<Option<Labels>> {
+fn collect_labels(file: &RowFile, shaper: &Shaper) -> Result<Option<Labels>> {
     let mut collector = LabelCollector::default();
-    for index in 0..file.len() {
-        match example_at(index)?.0 {
+    for row in file.rows() {
+        let row = row?;
+        match shaper.example(&row).map_err(|e| e.at(file.path(), row.line))? {
             Example::Labelled { label, .. } => collector.add(&label),
             _ => return Ok(None),
         }

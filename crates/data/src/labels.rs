@@ -130,7 +130,9 @@ mod tests {
 
     fn collect(values: &[LabelValue]) -> Result<Labels> {
         let mut collector = LabelCollector::default();
-        values.iter().for_each(|value| collector.add(value));
+        for value in values {
+            collector.add(value);
+        }
         collector.finish()
     }
 

@@ -12,6 +12,7 @@ pub mod mask;
 pub mod order;
 pub mod pack;
 pub mod prepare;
+pub mod prompt;
 pub mod read;
 pub mod shape;
 pub mod statistics;

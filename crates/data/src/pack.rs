@@ -53,15 +53,12 @@ pub fn pack(lengths: &[u32], max_tokens: u32) -> Result<Vec<PackedRow>> {
             });
         }
         let best = room.range((tokens, 0)..).next().copied();
-        let (left, row) = match best {
-            Some(entry) => {
-                room.remove(&entry);
-                entry
-            }
-            None => {
-                rows.push(PackedRow { documents: Vec::new(), tokens: 0 });
-                (max_tokens, rows.len() as u32 - 1)
-            }
+        let (left, row) = if let Some(entry) = best {
+            room.remove(&entry);
+            entry
+        } else {
+            rows.push(PackedRow { documents: Vec::new(), tokens: 0 });
+            (max_tokens, rows.len() as u32 - 1)
         };
         let packed = &mut rows[row as usize];
         packed.documents.push(document);
@@ -117,15 +114,12 @@ pub fn batches(
             Batching::Rows(size) => batch.len() < size,
             Batching::Tokens(size) => longest.max(tokens) * (batch.len() + 1) <= size,
         });
-        match out.last_mut().filter(|_| fits) {
-            Some(batch) => {
-                batch.push(row);
-                longest = longest.max(tokens);
-            }
-            None => {
-                out.push(vec![row]);
-                longest = tokens;
-            }
+        if let Some(batch) = out.last_mut().filter(|_| fits) {
+            batch.push(row);
+            longest = longest.max(tokens);
+        } else {
+            out.push(vec![row]);
+            longest = tokens;
         }
     }
     Ok(out)

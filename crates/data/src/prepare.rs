@@ -276,12 +276,11 @@ impl Preparer {
                 let chat = Chat { conversation, excluded: Vec::new(), plain: None };
                 self.chat(&chat, template)
             }
-            (Example::Completion { prompt, completion }, None) => {
-                Ok(self.completion(prompt, completion))
-            }
-            (Example::Chat(Chat { plain: Some((prompt, completion)), .. }), None) => {
-                Ok(self.completion(prompt, completion))
-            }
+            (
+                Example::Completion { prompt, completion }
+                | Example::Chat(Chat { plain: Some((prompt, completion)), .. }),
+                None,
+            ) => Ok(self.completion(prompt, completion)),
             (Example::Chat(_), None) => Err(Error::example(
                 "the row is a conversation, but the model has no chat template",
                 "set a template in the recipe (template = \"chatml\", or a Jinja file), or use the \
@@ -289,7 +288,7 @@ impl Preparer {
             )),
             (Example::Text(text) | Example::Labelled { text, .. }, _) => Ok(RenderedExample {
                 text: text.clone(),
-                ranges: vec![0..text.len()],
+                ranges: std::iter::once(0..text.len()).collect(),
                 add_special: true,
                 ends_itself: !self.options.end_texts,
             }),
@@ -301,8 +300,8 @@ impl Preparer {
         let (text, ranges) = match self.options.loss_on {
             LossOn::All => {
                 let text = template.render(&chat.conversation, false)?;
-                let whole = 0..text.len();
-                (text, vec![whole])
+                let ranges = std::iter::once(0..text.len()).collect();
+                (text, ranges)
             }
             LossOn::Assistant | LossOn::Completion => {
                 let rendered = template.render_with_spans(&chat.conversation)?;
@@ -320,7 +319,7 @@ impl Preparer {
     fn completion(&self, prompt: &str, completion: &str) -> RenderedExample {
         let text = format!("{prompt}{completion}");
         let start = if self.options.loss_on == LossOn::All { 0 } else { prompt.len() };
-        let ranges = vec![start..text.len()];
+        let ranges = std::iter::once(start..text.len()).collect();
         RenderedExample { text, ranges, add_special: true, ends_itself: false }
     }
 }

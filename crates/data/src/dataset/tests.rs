@@ -1,3 +1,5 @@
+#![expect(clippy::format_collect, reason = "rows of small test files")]
+
 use std::fs;
 
 use super::*;

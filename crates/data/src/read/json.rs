@@ -75,7 +75,7 @@ fn walk(cursor: &mut Cursor<'_>, scan: &mut Scan<'_>) -> std::io::Result<Result<
     let mut row = Vec::new();
     let mut next = cursor.next_visible()?;
     if next == Some(b']') {
-        return Ok(trailing(cursor, scan)?);
+        return trailing(cursor, scan);
     }
     loop {
         let Some(first) = next else { return Ok(unfinished(cursor.line)) };
@@ -97,7 +97,7 @@ fn walk(cursor: &mut Cursor<'_>, scan: &mut Scan<'_>) -> std::io::Result<Result<
         }
         match end {
             Some(b',') => next = cursor.next_visible()?,
-            Some(_) => return Ok(trailing(cursor, scan)?),
+            Some(_) => return trailing(cursor, scan),
             None => return Ok(unfinished(cursor.line)),
         }
     }

@@ -6,6 +6,8 @@
 mod csv;
 mod json;
 mod lines;
+#[cfg(feature = "parquet")]
+mod parquet;
 
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom};
@@ -29,6 +31,8 @@ pub enum Format {
     Csv,
     /// Tab-separated values with a header line.
     Tsv,
+    /// Apache Parquet; read only by builds with the feature `parquet`.
+    Parquet,
 }
 
 /// How a file is read.
@@ -53,11 +57,11 @@ impl Default for ReadOptions {
 pub struct Row {
     /// Field names and values, in the file's order. CSV values are all strings.
     pub fields: Map<String, Value>,
-    /// The line the row starts on, counted from 1.
+    /// The line the row starts on, counted from 1; in Parquet, the row's number.
     pub line: usize,
 }
 
-/// Where one row stands in its file.
+/// Where one row stands in its file: bytes, or in Parquet the row group and the row in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Place {
     offset: u64,
@@ -85,7 +89,15 @@ pub struct RowFile {
     /// CSV column names.
     columns: Vec<String>,
     skipped: Vec<Skipped>,
-    file: Mutex<File>,
+    storage: Storage,
+}
+
+/// What rows are read from.
+#[derive(Debug)]
+enum Storage {
+    Bytes(Mutex<File>),
+    #[cfg(feature = "parquet")]
+    Parquet(parquet::Groups),
 }
 
 impl RowFile {
@@ -108,11 +120,16 @@ impl RowFile {
             ));
         }
         let mut scan = Scan::new(path, options);
+        let mut storage = None;
         let columns = match format {
             Format::Jsonl => lines::scan(&file, &mut scan).map(|()| Vec::new()),
             Format::Json => json::scan(&file, &mut scan).map(|()| Vec::new()),
             Format::Csv => csv::scan(&file, b',', &mut scan),
             Format::Tsv => csv::scan(&file, b'\t', &mut scan),
+            Format::Parquet => open_parquet(&file, &mut scan).map(|opened| {
+                storage = Some(opened);
+                Vec::new()
+            }),
         }?;
         if scan.places.is_empty() {
             let problem = match scan.skipped.as_slice() {
@@ -132,7 +149,7 @@ impl RowFile {
             places: scan.places,
             columns,
             skipped: scan.skipped,
-            file: Mutex::new(file),
+            storage: storage.unwrap_or_else(|| Storage::Bytes(Mutex::new(file))),
         })
     }
 
@@ -156,15 +173,31 @@ impl RowFile {
     pub fn read(&self, index: usize) -> Result<Row> {
         let place = self.places[index];
         let line = place.line as usize;
+        let file = match &self.storage {
+            Storage::Bytes(file) => file,
+            #[cfg(feature = "parquet")]
+            Storage::Parquet(groups) => {
+                let fields = groups.read(place.offset as usize, place.bytes as usize);
+                let refuse = |problem: String| {
+                    let hint = if problem.contains("Disabled feature") {
+                        "write the file again with snappy compression, the usual one, or none"
+                    } else {
+                        "get the file again: it is damaged"
+                    };
+                    Error::row(&self.path, line, problem, hint)
+                };
+                return Ok(Row { fields: fields.map_err(refuse)?, line });
+            }
+        };
         let mut bytes = vec![0; place.bytes as usize];
         {
             // A reader that panicked leaves only the position behind, which is set anew here.
-            let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
             file.seek(SeekFrom::Start(place.offset)).map_err(Error::io("read", &self.path))?;
             file.read_exact(&mut bytes).map_err(Error::io("read", &self.path))?;
         }
         let fields = match self.format {
-            Format::Jsonl | Format::Json => object(&bytes),
+            Format::Jsonl | Format::Json | Format::Parquet => object(&bytes),
             Format::Csv => csv::fields(&bytes, b',', &self.columns),
             Format::Tsv => csv::fields(&bytes, b'\t', &self.columns),
         };
@@ -212,12 +245,27 @@ fn format_of(path: &Path) -> Result<Format> {
         "json" => Ok(Format::Json),
         "csv" => Ok(Format::Csv),
         "tsv" => Ok(Format::Tsv),
+        "parquet" => Ok(Format::Parquet),
         _ => Err(Error::file(
             path,
             format!("cannot tell the file's form from its ending {extension:?}"),
-            "name it .jsonl, .json, .csv or .tsv, or set the format",
+            "name it .jsonl, .json, .csv, .tsv or .parquet, or set the format",
         )),
     }
+}
+
+#[cfg(feature = "parquet")]
+fn open_parquet(file: &File, scan: &mut Scan<'_>) -> Result<Storage> {
+    parquet::open(file, scan).map(Storage::Parquet)
+}
+
+#[cfg(not(feature = "parquet"))]
+fn open_parquet(_file: &File, scan: &mut Scan<'_>) -> Result<Storage> {
+    Err(Error::file(
+        scan.path,
+        "this build of retune does not read Parquet",
+        "convert the file to JSONL, or build retune with the feature `parquet`",
+    ))
 }
 
 /// What the readers of all forms fill while they go through a file.

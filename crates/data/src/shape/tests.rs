@@ -212,12 +212,12 @@ fn mixtures_and_unknown_shapes_are_named() {
     let messages = [
         fails(&[text.clone(), json!({"messages": []})], &none),
         fails(&[json!({"foo": 1, "bar": 2})], &none),
-        fails(&[text.clone()], &options(&[("promt", "text")], None)),
-        fails(&[text.clone()], &options(&[("text", "body")], None)),
-        fails(&[text.clone()], &options(&[("completion", "text")], Some("{x}"))),
-        fails(&[text.clone()], &options(&[], Some("{text} {x"))),
-        fails(&[text.clone()], &options(&[], Some("no field"))),
-        fails(&[text], &options(&[], Some("a}"))),
+        fails(std::slice::from_ref(&text), &options(&[("promt", "text")], None)),
+        fails(std::slice::from_ref(&text), &options(&[("text", "body")], None)),
+        fails(std::slice::from_ref(&text), &options(&[("completion", "text")], Some("{x}"))),
+        fails(std::slice::from_ref(&text), &options(&[], Some("{text} {x"))),
+        fails(std::slice::from_ref(&text), &options(&[], Some("no field"))),
+        fails(std::slice::from_ref(&text), &options(&[], Some("a}"))),
     ];
     insta::assert_snapshot!(messages.join("\n"));
 }

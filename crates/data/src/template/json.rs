@@ -1,6 +1,8 @@
 //! JSON text as Python's `json.dumps(x, ensure_ascii=False)` writes it: what templates were
 //! written against, so that a tool's schema gives the same tokens here and there.
 
+use std::fmt::Write as _;
+
 use serde_json::Value;
 
 /// The arguments of the `tojson` filter that chat templates use.
@@ -20,11 +22,11 @@ pub(super) fn dumps(value: &Value, style: &JsonStyle) -> String {
         ((if style.indent.is_some() { "," } else { ", " }).to_owned(), ": ".to_owned())
     });
     let mut out = String::new();
-    write(&mut out, value, style, &item, &key, 0);
+    write_value(&mut out, value, style, &item, &key, 0);
     out
 }
 
-fn write(
+fn write_value(
     out: &mut String,
     value: &Value,
     style: &JsonStyle,
@@ -44,7 +46,7 @@ fn write(
                     out.push_str(item);
                 }
                 new_line(out, style, depth + 1);
-                write(out, each, style, item, colon, depth + 1);
+                write_value(out, each, style, item, colon, depth + 1);
             }
             if !items.is_empty() {
                 new_line(out, style, depth);
@@ -64,7 +66,7 @@ fn write(
                 new_line(out, style, depth + 1);
                 string(out, name, style.ensure_ascii);
                 out.push_str(colon);
-                write(out, each, style, item, colon, depth + 1);
+                write_value(out, each, style, item, colon, depth + 1);
             }
             if !entries.is_empty() {
                 new_line(out, style, depth);
@@ -114,7 +116,7 @@ fn string(out: &mut String, s: &str, ensure_ascii: bool) {
             c if c < ' ' || (ensure_ascii && c > '~') => {
                 let mut units = [0u16; 2];
                 for unit in c.encode_utf16(&mut units) {
-                    out.push_str(&format!("\\u{unit:04x}"));
+                    let _ = write!(out, "\\u{unit:04x}");
                 }
             }
             c => out.push(c),

@@ -3,6 +3,8 @@
 //! They become filter blocks: a block tag keeps the white-space rules of the original, and the
 //! filter decides whether marks are written around what the block printed.
 
+use std::fmt::Write as _;
+
 /// Filters that generation blocks become; not names a template would use.
 pub(super) const PLAIN_FILTER: &str = "retune_generation";
 pub(super) const MARK_FILTER: &str = "retune_generation_marks";
@@ -31,10 +33,10 @@ pub(super) fn rewrite(source: &str, filter: &str) -> (String, bool) {
             match inside.trim() {
                 "generation" => {
                     found = true;
-                    out.push_str(&format!("{{%{left} filter {filter} {right}%}}"));
+                    let _ = write!(out, "{{%{left} filter {filter} {right}%}}");
                 }
                 "endgeneration" => {
-                    out.push_str(&format!("{{%{left} endfilter {right}%}}"));
+                    let _ = write!(out, "{{%{left} endfilter {right}%}}");
                 }
                 _ => out.push_str(tag),
             }

@@ -138,6 +138,25 @@ impl Tokenizer {
         Ok(Encoded { ids, bytes, types })
     }
 
+    /// Encodes a text that is to be continued: with the tokens the checkpoint puts before every
+    /// text, without those behind it, and with one beginning-of-sequence token at most.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_open(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let mut ids = self.encode(text, add_special)?.ids;
+        if add_special {
+            ids.truncate(ids.len() - self.affixes.1.len());
+        }
+        while let (Some(bos), [first, second, ..]) = (self.special.bos, ids.as_slice())
+            && *first == bos
+            && *second == bos
+        {
+            ids.remove(0);
+        }
+        Ok(ids)
+    }
+
     /// Encodes one text, or two as one sequence, for an encoder: with the tokens the checkpoint
     /// puts around them (BERT: `[CLS] a [SEP] b [SEP]`, token types 0 and 1), cut so that the whole
     /// has at most `max_tokens`. Of a pair, the longer text is cut first. Byte ranges count within
