@@ -17,7 +17,7 @@ const TINY: &[(&str, &[u8])] = &[
 ///
 /// # Errors
 /// If the cache cannot be written.
-pub fn unpack(name: &str, cache: &Path) -> Result<PathBuf> {
+pub(crate) fn unpack(name: &str, cache: &Path) -> Result<PathBuf> {
     // The version keeps an older program's files from being taken for this one's.
     let folder = cache.join("builtin").join(format!("{name}-{}", env!("CARGO_PKG_VERSION")));
     let whole = TINY.iter().all(|(file, content)| {

@@ -46,7 +46,7 @@ fn check_mergeable(tuned: &Tuned<'_>) -> Result<()> {
 /// If the disk is full; nothing half-written is left.
 pub fn write_folder(prepared: &Prepared, tuned: &Tuned<'_>, path: &Path) -> Result<()> {
     let card = crate::card::model_card(prepared);
-    write_merged(tuned, &prepared.tokenizer, Dtype::F32, &card, path)
+    write_merged(tuned, Some(&prepared.tokenizer), Dtype::F32, &card, path)
 }
 
 /// Writes a tuned model as a Hugging Face folder.
@@ -55,17 +55,16 @@ pub fn write_folder(prepared: &Prepared, tuned: &Tuned<'_>, path: &Path) -> Resu
 /// If a change cannot be merged, the folder exists, or the disk is full.
 pub fn write_merged(
     tuned: &Tuned<'_>,
-    tokenizer: &Tokenizer,
+    tokenizer: Option<&Tokenizer>,
     dtype: Dtype,
     card: &str,
     path: &Path,
 ) -> Result<()> {
     check_mergeable(tuned)?;
-    let mut others: Vec<(String, Vec<u8>)> = tokenizer
-        .to_folder_files()?
-        .into_iter()
-        .map(|(name, text)| (name.to_owned(), text.into_bytes()))
-        .collect();
+    let mut others: Vec<(String, Vec<u8>)> = Vec::new();
+    for (name, text) in tokenizer.map(Tokenizer::to_folder_files).transpose()?.unwrap_or_default() {
+        others.push((name.to_owned(), text.into_bytes()));
+    }
     others.push(("README.md".to_owned(), card.as_bytes().to_vec()));
     let spec = tuned.model.spec();
     Ok(retune_models::export::write_folder(path, spec, dtype, SHARD_BYTES, &others, |weight| {

@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::environment::Environment;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::recipe::{ArithmeticName, ComputeOptions, WeightsName};
 use retune_core::kernels::matrix::{Arithmetic, Form};
 use retune_core::random::Seed;
 use retune_core::weights::{Packing, Weights};
 use retune_data::tokenizer::{GgufTokenizer, Tokenizer};
+use retune_methods::adapter::Adapter;
 use retune_hub::{Found, Location, find};
 use retune_models::{Checkpoint, Task, open_for};
 use tensor::Device;
@@ -97,10 +98,12 @@ impl Opened {
         task: &Task,
         seed: Seed,
         compute: &ComputeOptions,
-        tokenizer: &Tokenizer,
+        tokenizer: Option<&Tokenizer>,
     ) -> Result<Self> {
         let checkpoint = open_for(&located.path, task, seed)?;
-        tokenizer.check_fits(checkpoint.model.spec().vocabulary)?;
+        if let Some(tokenizer) = tokenizer {
+            tokenizer.check_fits(checkpoint.model.spec().vocabulary)?;
+        }
         let fingerprint = match &located.found.identity.sha256 {
             Some(known) => known.clone(),
             None => checkpoint.fingerprint()?,
@@ -112,6 +115,24 @@ impl Opened {
             &Device::flex(),
         )?;
         Ok(Self { checkpoint, weights, fingerprint })
+    }
+}
+
+/// Refuses an adapter that was trained on another base.
+///
+/// An adapter that does not say what it was trained on (PEFT's own do not) is taken as it is; its
+/// shapes are still checked one by one.
+///
+/// # Errors
+/// [`Error::OtherBase`], unless forced.
+pub fn check_base(folder: &Path, adapter: &Adapter, opened: &Opened, force: bool) -> Result<()> {
+    match adapter.base() {
+        Some(base) if base.fingerprint != opened.fingerprint && !force => Err(Error::OtherBase {
+            path: folder.to_path_buf(),
+            expected: format!("{} ({})", base.name, base.fingerprint),
+            found: format!("{} ({})", opened.checkpoint.path.display(), opened.fingerprint),
+        }),
+        _ => Ok(()),
     }
 }
 

@@ -64,7 +64,7 @@ impl Prepared {
             Some(Labels::Classes(names)) => Task::Classify { labels: names.clone() },
             _ => Task::AsSaved,
         };
-        let opened = Opened::open(&located, &task, seed, &recipe.compute, &tokenizer)?;
+        let opened = Opened::open(&located, &task, seed, &recipe.compute, Some(&tokenizer))?;
         let train = &recipe.train;
         let batches = TrainBatches::new(
             splits.train.clone(),

@@ -66,6 +66,18 @@ options! {
     }
 }
 
+impl DataOptions {
+    /// Takes relative paths as relative to `folder`, where the recipe lies.
+    pub fn resolve_paths(&mut self, folder: &Path) {
+        let paths = [Some(&mut self.train), self.validation.as_mut(), self.test.as_mut()];
+        for path in paths.into_iter().flatten() {
+            if path.is_relative() {
+                *path = folder.join(&*path);
+            }
+        }
+    }
+}
+
 choice! {
     /// How the result is measured.
     pub enum EvaluationKind {
@@ -200,7 +212,11 @@ impl Recipe {
     ///
     /// # Errors
     /// A report of all mistakes.
-    pub fn parse(file_name: &str, bytes: &[u8], overrides: &[String]) -> Result<(Self, Report), Report> {
+    pub fn parse(
+        file_name: &str,
+        bytes: &[u8],
+        overrides: &[String],
+    ) -> Result<(Self, Report), Report> {
         let mut document = Document::parse_bytes(file_name, bytes)?;
         for assignment in overrides {
             document.set("command line", assignment)?;
@@ -208,11 +224,14 @@ impl Recipe {
         let default_name = Path::new(file_name)
             .file_stem()
             .map_or_else(|| "run".to_owned(), |stem| stem.to_string_lossy().into_owned());
-        document.read(|reader| Self::read(reader, default_name))
+        // Paths in a recipe are relative to it, so that it works from any folder.
+        let folder = Path::new(file_name).parent().unwrap_or(Path::new("")).to_path_buf();
+        document.read(|reader| Self::read(reader, default_name, &folder))
     }
 
-    fn read(reader: &mut Reader<'_>, default_name: String) -> Self {
-        let head = RecipeHead::read(reader);
+    fn read(reader: &mut Reader<'_>, default_name: String, folder: &Path) -> Self {
+        let mut head = RecipeHead::read(reader);
+        head.data.resolve_paths(folder);
         let names: Vec<&str> = registry::names().collect();
         let mut resolved = head.write();
         let (method_name, method) = match reader.variant("method", &names) {

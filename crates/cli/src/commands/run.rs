@@ -20,20 +20,18 @@ pub(crate) fn read_recipe(
     arguments: &RecipeArguments,
     quiet: bool,
 ) -> Result<(Recipe, String), Failure> {
-    let name = arguments.recipe.display().to_string();
+    let path = std::path::absolute(&arguments.recipe).unwrap_or(arguments.recipe.clone());
+    let name = path.display().to_string();
     let bytes = std::fs::read(&arguments.recipe).map_err(|error| {
         Failure::Usage(format!(
             "{name}: the recipe cannot be read: {error}\n  help: `retune new {name}` writes one"
         ))
     })?;
-    let (mut recipe, warnings) =
+    let (recipe, warnings) =
         Recipe::parse(&name, &bytes, &arguments.set).map_err(Failure::Recipe)?;
     if !quiet && !warnings.is_empty() {
         eprint!("{warnings}");
     }
-    // Paths in a recipe are relative to the recipe, so that it works from any folder.
-    let folder = arguments.recipe.parent().unwrap_or(Path::new("."));
-    recipe.data.resolve_paths(folder);
     let threads = recipe.compute.threads;
     if threads > 0 {
         // Fails only if a pool exists already, which nothing before this makes.
