@@ -2,6 +2,9 @@
 
 use tensor::Tensor;
 
+use crate::parallel::{CHUNK, each};
+use crate::simd::{self, fma};
+
 /// Holds the settings of one AdamW step; `step` counts from 1.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamwStep {
@@ -39,28 +42,95 @@ impl AdamwStep {
 /// # Source
 /// Loshchilov and Hutter, <https://arxiv.org/abs/1711.05101>.
 pub fn adamw(step: &AdamwStep, value: &mut [f32], gradient: &[f32], m: &mut [f32], v: &mut [f32]) {
-    let count = value.len();
-    assert!(
-        gradient.len() == count && m.len() == count && v.len() == count,
-        "adamw: {count} values, {} gradients, {} and {} moments",
-        gradient.len(),
-        m.len(),
-        v.len()
-    );
-    let [correction1, correction2] = step.corrections();
-    let keep = (1.0 - step.learning_rate * step.weight_decay) as f32;
-    let rate = (step.learning_rate / correction1) as f32;
-    let root = correction2.sqrt().recip() as f32;
-    let scale = step.gradient_scale as f32;
-    let epsilon = step.epsilon as f32;
-    let [beta1, beta2] = [step.beta1 as f32, step.beta2 as f32];
-    let [rest1, rest2] = [(1.0 - step.beta1) as f32, (1.0 - step.beta2) as f32];
-    for (((w, g), m), v) in value.iter_mut().zip(gradient).zip(m).zip(v) {
-        let g = g * scale;
-        *m = beta1 * *m + rest1 * g;
-        *v = beta2 * *v + rest2 * g * g;
-        *w = *w * keep - rate * *m / (v.sqrt() * root + epsilon);
+    adamw_all(step, [AdamwTensor { value, gradient, m, v }]);
+}
+
+/// One tensor of a step: its values, their gradient, and both moments, all equally long.
+#[derive(Debug)]
+pub struct AdamwTensor<'a> {
+    /// Updated in place.
+    pub value: &'a mut [f32],
+    /// Gradient of the loss by `value`.
+    pub gradient: &'a [f32],
+    /// First moment, updated in place.
+    pub m: &'a mut [f32],
+    /// Second moment, updated in place.
+    pub v: &'a mut [f32],
+}
+
+/// Takes one [`adamw`] step of many tensors at once, however small each of them is.
+///
+/// # Panics
+/// When the four slices of a tensor are not equally long.
+pub fn adamw_all<'a>(step: &AdamwStep, tensors: impl IntoIterator<Item = AdamwTensor<'a>>) {
+    let numbers = Numbers::new(step);
+    let chunks = tensors.into_iter().flat_map(|AdamwTensor { value, gradient, m, v }| {
+        let count = value.len();
+        assert!(
+            gradient.len() == count && m.len() == count && v.len() == count,
+            "adamw: {count} values, {} gradients, {} and {} moments",
+            gradient.len(),
+            m.len(),
+            v.len()
+        );
+        let moments = m.chunks_mut(CHUNK).zip(v.chunks_mut(CHUNK));
+        value.chunks_mut(CHUNK).zip(gradient.chunks(CHUNK)).zip(moments)
+    });
+    each(chunks, |((value, gradient), (m, v))| update_all(&numbers, value, gradient, m, v));
+}
+
+/// What a step multiplies with.
+struct Numbers {
+    keep: f32,
+    rate: f32,
+    root: f32,
+    scale: f32,
+    epsilon: f32,
+    betas: [f32; 2],
+    rests: [f32; 2],
+}
+
+impl Numbers {
+    fn new(step: &AdamwStep) -> Self {
+        let [correction1, correction2] = step.corrections();
+        Self {
+            keep: (1.0 - step.learning_rate * step.weight_decay) as f32,
+            rate: (step.learning_rate / correction1) as f32,
+            root: correction2.sqrt().recip() as f32,
+            scale: step.gradient_scale as f32,
+            epsilon: step.epsilon as f32,
+            betas: [step.beta1 as f32, step.beta2 as f32],
+            rests: [(1.0 - step.beta1) as f32, (1.0 - step.beta2) as f32],
+        }
     }
+}
+
+#[inline(always)]
+fn update_body<const LANES: usize, const FMA: bool>(
+    numbers: &Numbers,
+    value: &mut [f32],
+    gradient: &[f32],
+    m: &mut [f32],
+    v: &mut [f32],
+) {
+    let &Numbers { keep, rate, root, scale, epsilon, betas, rests } = numbers;
+    for ((w, g), (m, v)) in value.iter_mut().zip(gradient).zip(m.iter_mut().zip(v)) {
+        let g = g * scale;
+        *m = fma::<FMA>(betas[0], *m, rests[0] * g);
+        *v = fma::<FMA>(betas[1], *v, rests[1] * g * g);
+        let size = fma::<FMA>(v.sqrt(), root, epsilon);
+        *w = fma::<FMA>(*w, keep, -rate * *m / size);
+    }
+}
+
+simd::versions! {
+    fn update_all(
+        numbers: &Numbers,
+        value: &mut [f32],
+        gradient: &[f32],
+        m: &mut [f32],
+        v: &mut [f32],
+    ) = update_body;
 }
 
 /// Computes [`adamw`] out of tensor operations, on every device and in every float type.
@@ -108,6 +178,28 @@ mod tests {
         close("value", &value.map(f64::from), &[0.95 - 0.1, -1.9 + 0.1], 1e-6);
         close("m", &m.map(f64::from), &[0.2, -0.4], 1e-6);
         close("v", &v.map(f64::from), &[0.004, 0.016], 1e-6);
+    }
+
+    #[test]
+    fn many_tensors_are_one_by_one() {
+        let mut source = Numbers(21);
+        let mut new = |count: usize| -> Vec<f32> {
+            source.matrix(1, count).values.iter().map(|x| x.abs() as f32).collect()
+        };
+        let tensors: Vec<_> =
+            [3, 40_000, 0, 17].map(|count| [new(count), new(count), new(count), new(count)]).into();
+        let (mut alone, mut together) = (tensors.clone(), tensors);
+        for [value, gradient, m, v] in &mut alone {
+            adamw(&STEP, value, gradient, m, v);
+        }
+        let all = together.iter_mut().map(|[value, gradient, m, v]| AdamwTensor {
+            value,
+            gradient,
+            m,
+            v,
+        });
+        adamw_all(&STEP, all);
+        assert_eq!(alone, together);
     }
 
     #[test]

@@ -1,6 +1,13 @@
 //! Layer norm.
 
+use std::sync::Arc;
+
+use burn_flex::FlexTensor;
 use tensor::Tensor;
+
+use crate::parallel::{add_rows, each, rows_of};
+use crate::simd::{self, dot, fma};
+use crate::tape::{Operation, apply, from_values, is_fast, values};
 
 /// Centres each token, divides by its standard deviation, scales and shifts:
 /// `(x - mean) / √(variance + ε) · weight + bias`.
@@ -10,12 +17,31 @@ use tensor::Tensor;
 ///
 /// # Source
 /// Ba, Kiros and Hinton, <https://arxiv.org/abs/1607.06450>.
+///
+/// # Panics
+/// When `weight` or `bias` is not as long as a token is wide.
 pub fn layer_norm(
     x: Tensor<2>,
     weight: Tensor<1>,
     bias: Option<Tensor<1>>,
     epsilon: f64,
 ) -> Tensor<2> {
+    let width = x.dims()[1];
+    assert_eq!(weight.dims(), [width], "layer_norm: weight against the width of x");
+    if let Some(bias) = &bias {
+        assert_eq!(bias.dims(), [width], "layer_norm: bias against the width of x");
+    }
+    if is_fast(&x) && is_fast(&weight) && bias.as_ref().is_none_or(is_fast) {
+        let operation = LayerNorm { epsilon: epsilon as f32 };
+        let inputs = [x.into_dispatch(), weight.into_dispatch()];
+        return Tensor::from_dispatch(match bias {
+            None => apply(operation, inputs),
+            Some(bias) => {
+                let [x, weight] = inputs;
+                apply(operation, [x, weight, bias.into_dispatch()])
+            }
+        });
+    }
     reference(x, weight, bias, epsilon)
 }
 
@@ -34,6 +60,228 @@ pub fn reference(
         Some(bias) => scaled + bias.unsqueeze::<2>(),
         None => scaled,
     }
+}
+
+#[derive(Clone, Debug)]
+struct LayerNorm {
+    epsilon: f32,
+}
+
+/// What backward needs.
+#[derive(Clone, Debug)]
+struct Saved {
+    x: FlexTensor,
+    weight: FlexTensor,
+    /// `[tokens]`: mean, and one over the standard deviation
+    moments: Arc<[[f32; 2]]>,
+}
+
+impl LayerNorm {
+    fn output(&self, x: FlexTensor, weight: FlexTensor, bias: &[f32]) -> (FlexTensor, Saved) {
+        let width = weight.layout().num_elements();
+        let tokens = x.layout().num_elements() / width.max(1);
+        let mut out = vec![0.0; tokens * width];
+        let mut moments = vec![[0.0; 2]; tokens];
+        let rows = rows_of(width);
+        let chunk = (rows * width).max(1);
+        each(
+            values(&x).chunks(chunk).zip(out.chunks_mut(chunk)).zip(moments.chunks_mut(rows)),
+            |((x, out), moments)| {
+                forward_rows(x, values(&weight), bias, self.epsilon, out, moments);
+            },
+        );
+        let out = from_values(out, [tokens, width]);
+        (out, Saved { x, weight, moments: moments.into() })
+    }
+
+    fn gradients(
+        saved: Saved,
+        gradient: &FlexTensor,
+        wanted: [bool; 3],
+    ) -> [Option<FlexTensor>; 3] {
+        let Saved { x, weight, moments } = saved;
+        let width = weight.layout().num_elements();
+        let tokens = moments.len();
+        let rows = rows_of(width);
+        let chunk = (rows * width).max(1);
+        let blocks = || {
+            values(&x)
+                .chunks(chunk)
+                .zip(values(gradient).chunks(chunk))
+                .zip(moments.chunks(rows))
+                .map(|((x, g), moments)| (x, g, moments))
+        };
+        let dx = wanted[0].then(|| {
+            let mut dx = vec![0.0; tokens * width];
+            each(blocks().zip(dx.chunks_mut(chunk)), |((x, g, moments), dx)| {
+                input_rows(x, values(&weight), g, moments, dx);
+            });
+            from_values(dx, [tokens, width])
+        });
+        let parts = tokens.div_ceil(rows) * width;
+        let dweight = wanted[1].then(|| {
+            let mut sums = vec![0.0; parts];
+            each(blocks().zip(sums.chunks_mut(width.max(1))), |((x, g, moments), sums)| {
+                weight_rows(x, g, moments, sums);
+            });
+            from_values(add_rows(&sums, width), [width])
+        });
+        let dbias = wanted[2].then(|| {
+            let mut sums = vec![0.0; parts];
+            each(blocks().zip(sums.chunks_mut(width.max(1))), |((_, g, _), sums)| {
+                sums.copy_from_slice(&add_rows(g, width));
+            });
+            from_values(add_rows(&sums, width), [width])
+        });
+        [dx, dweight, dbias]
+    }
+}
+
+impl Operation<2> for LayerNorm {
+    type Saved = Saved;
+
+    fn forward(&self, [x, weight]: [FlexTensor; 2], _: [bool; 2]) -> (FlexTensor, Saved) {
+        let none = vec![0.0; weight.layout().num_elements()];
+        self.output(x, weight, &none)
+    }
+
+    fn backward(
+        &self,
+        saved: Saved,
+        gradient: FlexTensor,
+        [x, weight]: [bool; 2],
+    ) -> [Option<FlexTensor>; 2] {
+        let [x, weight, _] = Self::gradients(saved, &gradient, [x, weight, false]);
+        [x, weight]
+    }
+}
+
+impl Operation<3> for LayerNorm {
+    type Saved = Saved;
+
+    fn forward(&self, [x, weight, bias]: [FlexTensor; 3], _: [bool; 3]) -> (FlexTensor, Saved) {
+        self.output(x, weight, values(&bias))
+    }
+
+    fn backward(
+        &self,
+        saved: Saved,
+        gradient: FlexTensor,
+        wanted: [bool; 3],
+    ) -> [Option<FlexTensor>; 3] {
+        Self::gradients(saved, &gradient, wanted)
+    }
+}
+
+#[inline(always)]
+fn forward_body<const LANES: usize, const FMA: bool>(
+    x: &[f32],
+    weight: &[f32],
+    bias: &[f32],
+    epsilon: f32,
+    out: &mut [f32],
+    moments: &mut [[f32; 2]],
+) {
+    let width = weight.len();
+    let rows = x.chunks_exact(width).zip(out.chunks_exact_mut(width));
+    for ((x, out), moments) in rows.zip(moments) {
+        let mean = sum::<LANES>(x) / width as f32;
+        for (out, x) in out.iter_mut().zip(x) {
+            *out = x - mean;
+        }
+        let variance = dot::<LANES, FMA>(out, out) / width as f32;
+        let inverse = 1.0 / (variance + epsilon).sqrt();
+        *moments = [mean, inverse];
+        for ((out, weight), bias) in out.iter_mut().zip(weight).zip(bias) {
+            *out = fma::<FMA>(*out * inverse, *weight, *bias);
+        }
+    }
+}
+
+#[inline(always)]
+fn input_body<const LANES: usize, const FMA: bool>(
+    x: &[f32],
+    weight: &[f32],
+    gradient: &[f32],
+    moments: &[[f32; 2]],
+    dx: &mut [f32],
+) {
+    let width = weight.len();
+    let rows = x.chunks_exact(width).zip(gradient.chunks_exact(width));
+    for (((x, g), [mean, inverse]), dx) in rows.zip(moments).zip(dx.chunks_exact_mut(width)) {
+        for ((dx, g), weight) in dx.iter_mut().zip(g).zip(weight) {
+            *dx = g * weight;
+        }
+        let average = sum::<LANES>(dx) / width as f32;
+        let along = dot_centred::<LANES, FMA>(dx, x, *mean) / width as f32;
+        let back = along * inverse * inverse;
+        for (dx, x) in dx.iter_mut().zip(x) {
+            *dx = (*dx - average - back * (x - mean)) * inverse;
+        }
+    }
+}
+
+#[inline(always)]
+fn weight_body<const LANES: usize, const FMA: bool>(
+    x: &[f32],
+    gradient: &[f32],
+    moments: &[[f32; 2]],
+    sums: &mut [f32],
+) {
+    let width = sums.len();
+    let rows = x.chunks_exact(width).zip(gradient.chunks_exact(width));
+    for ((x, g), [mean, inverse]) in rows.zip(moments) {
+        for ((sum, x), g) in sums.iter_mut().zip(x).zip(g) {
+            *sum = fma::<FMA>((x - mean) * inverse, *g, *sum);
+        }
+    }
+}
+
+/// Computes `Σ a · (b - mean)`.
+#[inline(always)]
+fn dot_centred<const LANES: usize, const FMA: bool>(a: &[f32], b: &[f32], mean: f32) -> f32 {
+    let (a, a_rest) = a.as_chunks::<LANES>();
+    let (b, b_rest) = b.as_chunks::<LANES>();
+    let mut sums = [0.0; LANES];
+    for (a, b) in a.iter().zip(b) {
+        for lane in 0..LANES {
+            sums[lane] = fma::<FMA>(a[lane], b[lane] - mean, sums[lane]);
+        }
+    }
+    let rest = a_rest.iter().zip(b_rest);
+    simd::sum(sums) + rest.fold(0.0, |sum, (a, b)| fma::<FMA>(*a, *b - mean, sum))
+}
+
+#[inline(always)]
+fn sum<const LANES: usize>(x: &[f32]) -> f32 {
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    let mut sums = [0.0; LANES];
+    for x in chunks {
+        for lane in 0..LANES {
+            sums[lane] += x[lane];
+        }
+    }
+    simd::sum(sums) + rest.iter().sum::<f32>()
+}
+
+simd::versions! {
+    fn forward_rows(
+        x: &[f32],
+        weight: &[f32],
+        bias: &[f32],
+        epsilon: f32,
+        out: &mut [f32],
+        moments: &mut [[f32; 2]],
+    ) = forward_body;
+    fn input_rows(
+        x: &[f32],
+        weight: &[f32],
+        gradient: &[f32],
+        moments: &[[f32; 2]],
+        dx: &mut [f32],
+    ) = input_body;
+    fn weight_rows(x: &[f32], gradient: &[f32], moments: &[[f32; 2]], sums: &mut [f32])
+        = weight_body;
 }
 
 #[cfg(test)]

@@ -5,6 +5,11 @@
 //! that works on every device and in every float type, and a fast path for `f32` on the CPU with
 //! its own backward. The public function picks; tests hold the one against the other.
 
+#![expect(
+    clippy::inline_always,
+    reason = "a body takes on the instruction set of its caller only where it is inlined"
+)]
+
 pub mod activation;
 pub mod adamw;
 pub mod attention;
@@ -17,6 +22,7 @@ pub mod head;
 pub mod layer_norm;
 mod linear;
 pub mod matrix;
+mod parallel;
 pub mod rms_norm;
 pub mod rotary;
 mod scratch;
@@ -28,7 +34,7 @@ pub mod tape;
 mod tile;
 
 pub use activation::{Activation, activate};
-pub use adamw::{AdamwStep, adamw};
+pub use adamw::{AdamwStep, AdamwTensor, adamw, adamw_all};
 pub use attention::{AttentionOptions, attention};
 pub use embed::embed;
 pub use gated::gated;

@@ -1,6 +1,13 @@
 //! RMS norm.
 
+use std::sync::Arc;
+
+use burn_flex::FlexTensor;
 use tensor::Tensor;
+
+use crate::parallel::{each, rows_of};
+use crate::simd::{self, dot, fma};
+use crate::tape::{Operation, apply, from_values, is_fast, values};
 
 /// Divides each token by its root mean square and scales it: `x / √(mean(x²) + ε) · weight`.
 ///
@@ -9,7 +16,16 @@ use tensor::Tensor;
 ///
 /// # Source
 /// Zhang and Sennrich, <https://arxiv.org/abs/1910.07467>.
+///
+/// # Panics
+/// When `weight` is not as long as a token is wide.
 pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, epsilon: f64) -> Tensor<2> {
+    assert_eq!(x.dims()[1], weight.dims()[0], "rms_norm: width of x against that of weight");
+    if is_fast(&x) && is_fast(&weight) {
+        let operation = RmsNorm { epsilon: epsilon as f32 };
+        let inputs = [x.into_dispatch(), weight.into_dispatch()];
+        return Tensor::from_dispatch(apply(operation, inputs));
+    }
     reference(x, weight, epsilon)
 }
 
@@ -17,6 +33,141 @@ pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, epsilon: f64) -> Tensor<2> {
 pub fn reference(x: Tensor<2>, weight: Tensor<1>, epsilon: f64) -> Tensor<2> {
     let mean = (x.clone() * x.clone()).mean_dim(1);
     x * (mean + epsilon).sqrt().recip() * weight.unsqueeze::<2>()
+}
+
+#[derive(Clone, Debug)]
+struct RmsNorm {
+    epsilon: f32,
+}
+
+/// What backward needs.
+#[derive(Clone, Debug)]
+struct Saved {
+    x: FlexTensor,
+    weight: FlexTensor,
+    /// `[tokens]`, one over the root mean square
+    inverse: Arc<[f32]>,
+}
+
+impl Operation<2> for RmsNorm {
+    type Saved = Saved;
+
+    fn forward(&self, [x, weight]: [FlexTensor; 2], _: [bool; 2]) -> (FlexTensor, Saved) {
+        let width = weight.layout().num_elements();
+        let tokens = x.layout().num_elements() / width.max(1);
+        let mut out = vec![0.0; tokens * width];
+        let mut inverse = vec![0.0; tokens];
+        let rows = rows_of(width);
+        let chunk = (rows * width).max(1);
+        each(
+            values(&x).chunks(chunk).zip(out.chunks_mut(chunk)).zip(inverse.chunks_mut(rows)),
+            |((x, out), inverse)| forward_rows(x, values(&weight), self.epsilon, out, inverse),
+        );
+        let out = from_values(out, [tokens, width]);
+        (out, Saved { x, weight, inverse: inverse.into() })
+    }
+
+    fn backward(
+        &self,
+        saved: Saved,
+        gradient: FlexTensor,
+        wanted: [bool; 2],
+    ) -> [Option<FlexTensor>; 2] {
+        let Saved { x, weight, inverse } = saved;
+        let width = weight.layout().num_elements();
+        let tokens = inverse.len();
+        let rows = rows_of(width);
+        let chunk = (rows * width).max(1);
+        let mut dx = vec![0.0; if wanted[0] { tokens * width } else { 0 }];
+        if wanted[0] {
+            each(
+                values(&x)
+                    .chunks(chunk)
+                    .zip(values(&gradient).chunks(chunk))
+                    .zip(inverse.chunks(rows))
+                    .zip(dx.chunks_mut(chunk)),
+                |(((x, g), inverse), dx)| input_rows(x, values(&weight), g, inverse, dx),
+            );
+        }
+        let dweight = wanted[1].then(|| {
+            let parts = tokens.div_ceil(rows);
+            let mut sums = vec![0.0; parts * width];
+            each(
+                values(&x)
+                    .chunks(chunk)
+                    .zip(values(&gradient).chunks(chunk))
+                    .zip(inverse.chunks(rows))
+                    .zip(sums.chunks_mut(width.max(1))),
+                |(((x, g), inverse), sums)| weight_rows(x, g, inverse, sums),
+            );
+            from_values(crate::parallel::add_rows(&sums, width), [width])
+        });
+        [wanted[0].then(|| from_values(dx, [tokens, width])), dweight]
+    }
+}
+
+#[inline(always)]
+fn forward_body<const LANES: usize, const FMA: bool>(
+    x: &[f32],
+    weight: &[f32],
+    epsilon: f32,
+    out: &mut [f32],
+    inverse: &mut [f32],
+) {
+    let width = weight.len();
+    let rows = x.chunks_exact(width).zip(out.chunks_exact_mut(width));
+    for ((x, out), inverse) in rows.zip(inverse) {
+        let mean = dot::<LANES, FMA>(x, x) / width as f32;
+        *inverse = 1.0 / (mean + epsilon).sqrt();
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = x * *inverse * weight;
+        }
+    }
+}
+
+#[inline(always)]
+fn input_body<const LANES: usize, const FMA: bool>(
+    x: &[f32],
+    weight: &[f32],
+    gradient: &[f32],
+    inverse: &[f32],
+    dx: &mut [f32],
+) {
+    let width = weight.len();
+    let rows = x.chunks_exact(width).zip(gradient.chunks_exact(width));
+    for (((x, g), inverse), dx) in rows.zip(inverse).zip(dx.chunks_exact_mut(width)) {
+        for ((dx, g), weight) in dx.iter_mut().zip(g).zip(weight) {
+            *dx = g * weight * inverse;
+        }
+        let back = dot::<LANES, FMA>(dx, x) * inverse * inverse / width as f32;
+        for (dx, x) in dx.iter_mut().zip(x) {
+            *dx = fma::<FMA>(-back, *x, *dx);
+        }
+    }
+}
+
+#[inline(always)]
+fn weight_body<const LANES: usize, const FMA: bool>(
+    x: &[f32],
+    gradient: &[f32],
+    inverse: &[f32],
+    sums: &mut [f32],
+) {
+    let width = sums.len();
+    let rows = x.chunks_exact(width).zip(gradient.chunks_exact(width));
+    for ((x, g), inverse) in rows.zip(inverse) {
+        for ((sum, x), g) in sums.iter_mut().zip(x).zip(g) {
+            *sum = fma::<FMA>(x * inverse, *g, *sum);
+        }
+    }
+}
+
+simd::versions! {
+    fn forward_rows(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32], inverse: &mut [f32])
+        = forward_body;
+    fn input_rows(x: &[f32], weight: &[f32], gradient: &[f32], inverse: &[f32], dx: &mut [f32])
+        = input_body;
+    fn weight_rows(x: &[f32], gradient: &[f32], inverse: &[f32], sums: &mut [f32]) = weight_body;
 }
 
 #[cfg(test)]

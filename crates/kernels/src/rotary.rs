@@ -2,7 +2,12 @@
 
 use std::sync::Arc;
 
+use burn_flex::FlexTensor;
 use tensor::{DType, Device, Tensor, TensorData};
+
+use crate::parallel::{each, rows_of};
+use crate::simd::{self, fma};
+use crate::tape::{Operation, apply, from_values, is_fast, values};
 
 /// Holds the cosines and sines of every token of a batch; made once per batch for all layers.
 ///
@@ -77,6 +82,10 @@ pub fn rotary(x: Tensor<2>, heads: usize, rotation: &Rotation) -> Tensor<2> {
         "rotary: {heads} heads of at least {} in a width of {width}",
         rotation.rotated
     );
+    if is_fast(&x) {
+        let operation = Rotary { heads, rotation: rotation.clone() };
+        return Tensor::from_dispatch(apply(operation, [x.into_dispatch()]));
+    }
     reference(x, heads, rotation)
 }
 
@@ -97,6 +106,89 @@ pub fn reference(x: Tensor<2>, heads: usize, rotation: &Rotation) -> Tensor<2> {
         parts.push(x.slice_dim(2, 2 * half..head_width));
     }
     Tensor::cat(parts, 2).reshape([tokens, width])
+}
+
+#[derive(Clone, Debug)]
+struct Rotary {
+    heads: usize,
+    rotation: Rotation,
+}
+
+impl Rotary {
+    /// Turns forward with `direction` 1, and with -1 as the transpose does.
+    fn turn(&self, x: &FlexTensor, direction: f32) -> FlexTensor {
+        let Rotation { cos, sin, tokens, rotated } = &self.rotation;
+        let half = rotated / 2;
+        if *tokens == 0 || half == 0 {
+            return x.clone();
+        }
+        let numbers = values(x);
+        let width = numbers.len() / tokens;
+        let mut out = vec![0.0; numbers.len()];
+        let rows = rows_of(width);
+        each(
+            numbers
+                .chunks(rows * width)
+                .zip(out.chunks_mut(rows * width))
+                .zip(cos.chunks(rows * half).zip(sin.chunks(rows * half))),
+            |((x, out), (cos, sin))| turn_rows(x, self.heads, [cos, sin], half, direction, out),
+        );
+        from_values(out, [*tokens, width])
+    }
+}
+
+impl Operation<1> for Rotary {
+    type Saved = ();
+
+    fn forward(&self, [x]: [FlexTensor; 1], _: [bool; 1]) -> (FlexTensor, ()) {
+        (self.turn(&x, 1.0), ())
+    }
+
+    fn backward(&self, (): (), gradient: FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
+        [Some(self.turn(&gradient, -1.0))]
+    }
+}
+
+#[inline(always)]
+fn turn_body<const LANES: usize, const FMA: bool>(
+    x: &[f32],
+    heads: usize,
+    [cos, sin]: [&[f32]; 2],
+    half: usize,
+    direction: f32,
+    out: &mut [f32],
+) {
+    let angles = cos.chunks_exact(half).zip(sin.chunks_exact(half));
+    let width = x.len() / angles.len();
+    let head_width = width / heads;
+    let rows = x.chunks_exact(width).zip(out.chunks_exact_mut(width));
+    for ((x, out), (cos, sin)) in rows.zip(angles) {
+        for (x, out) in x.chunks_exact(head_width).zip(out.chunks_exact_mut(head_width)) {
+            let (x, x_rest) = x.split_at(2 * half);
+            let (out, out_rest) = out.split_at_mut(2 * half);
+            out_rest.copy_from_slice(x_rest);
+            let (low, high) = x.split_at(half);
+            let (out_low, out_high) = out.split_at_mut(half);
+            let inputs = low.iter().zip(high).zip(cos.iter().zip(sin));
+            let outputs = out_low.iter_mut().zip(out_high);
+            for (((low, high), (cos, sin)), (out_low, out_high)) in inputs.zip(outputs) {
+                let sin = sin * direction;
+                *out_low = fma::<FMA>(*low, *cos, -high * sin);
+                *out_high = fma::<FMA>(*high, *cos, low * sin);
+            }
+        }
+    }
+}
+
+simd::versions! {
+    fn turn_rows(
+        x: &[f32],
+        heads: usize,
+        angles: [&[f32]; 2],
+        half: usize,
+        direction: f32,
+        out: &mut [f32],
+    ) = turn_body;
 }
 
 #[cfg(test)]

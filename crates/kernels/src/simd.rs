@@ -73,9 +73,14 @@ pub(crate) fn at_every_level(mut test: impl FnMut(Level)) {
     LEVEL.store(best as u8, Ordering::Relaxed);
 }
 
+/// The most lanes [`versions`] asks for; a multiple of all others.
+pub(crate) const MAX_LANES: usize = 32;
+
 /// Compiles a generic body `fn body<const LANES: usize, const FMA: bool>(…)` per level.
 ///
-/// `LANES` is how many numbers an inner loop should handle at once: two vectors.
+/// `LANES` is how many numbers an inner loop should handle at once: two vectors. The body and what
+/// it calls must be inlined to get the instructions, so it borrows scratch from its caller rather
+/// than through a closure.
 macro_rules! versions {
     ($($(#[$meta:meta])* $visible:vis fn $name:ident(
         $($argument:ident: $type:ty),* $(,)?
@@ -208,6 +213,21 @@ pub(crate) fn normal<const FMA: bool>(x: f32) -> (f32, f32) {
     // 1 / √(2π)
     let density = 0.398_942_3 * exp::<FMA>(-z * z);
     (below, density)
+}
+
+/// Computes `Σ a · b`; both are equally long.
+#[inline(always)]
+pub(crate) fn dot<const LANES: usize, const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
+    let (a, a_rest) = a.as_chunks::<LANES>();
+    let (b, b_rest) = b.as_chunks::<LANES>();
+    let mut sums = [0.0; LANES];
+    for (a, b) in a.iter().zip(b) {
+        for lane in 0..LANES {
+            sums[lane] = fma::<FMA>(a[lane], b[lane], sums[lane]);
+        }
+    }
+    let rest = a_rest.iter().zip(b_rest).fold(0.0, |sum, (a, b)| fma::<FMA>(*a, *b, sum));
+    self::sum(sums) + rest
 }
 
 /// Adds up in an order that depends on the number of lanes alone.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::block::{self, Head, Sight, TILE};
 use crate::disjoint::Columns;
-use crate::simd;
+use crate::simd::{self, MAX_LANES};
 use crate::tile::{self, Left};
 
 /// Keys one task owns. A query that sees more gets its gradient in as many parts.
@@ -39,112 +39,121 @@ pub(super) struct Gradients<'a> {
 ///
 /// # Safety
 /// No other task may at the same time be given the same document, key head and keys, nor the same
-/// document and key head with the same `q`.
+/// document and key head with the same `to.q`.
+pub(super) unsafe fn backward_group(group: &Group<'_>, keys: &Range<usize>, to: &Gradients<'_>) {
+    let width = group.head.width;
+    let padded = width.next_multiple_of(MAX_LANES);
+    let lengths = [
+        width * MAX_LANES,
+        width * MAX_LANES,
+        MAX_LANES * padded,
+        MAX_LANES * padded,
+        TILE * MAX_LANES,
+        TILE * MAX_LANES,
+        width * MAX_LANES,
+        keys.len() * padded,
+        keys.len() * padded,
+    ];
+    crate::scratch::with(lengths, |scratch| backward_keys(group, keys, to, scratch));
+}
+
+/// Does the work of [`backward_group`], which alone may call it, and under the same promise.
 #[inline(always)]
-unsafe fn group_body<const LANES: usize, const FMA: bool>(
+fn keys_body<const LANES: usize, const FMA: bool>(
     group: &Group<'_>,
     keys: &Range<usize>,
     to: &Gradients<'_>,
+    [qt, gt, q_rows, g_rows, weights, changes, dq, dk, dv]: [&mut [f32]; 9],
 ) {
     let Group { head, stride, .. } = *group;
     let width = head.width;
     let padded = width.next_multiple_of(LANES);
-    let lengths = [
-        width * LANES,
-        width * LANES,
-        LANES * padded,
-        LANES * padded,
-        TILE * LANES,
-        TILE * LANES,
-        width * LANES,
-        keys.len() * padded,
-        keys.len() * padded,
-    ];
-    crate::scratch::with(lengths, |[qt, gt, q_rows, g_rows, weights, changes, dq, dk, dv]| {
-        dk.fill(0.0);
-        dv.fill(0.0);
-        q_rows.fill(0.0);
-        g_rows.fill(0.0);
-        let scale = head.options.scale as f32;
-        for member in group.members.clone() {
-            for start in (0..head.queries).step_by(LANES) {
-                let lanes = LANES.min(head.queries - start);
-                let sight = Sight::<LANES>::new(&head, start, lanes);
-                let runs = sight.runs(keys);
-                if runs.iter().all(Range::is_empty) {
+    let (q_rows, g_rows) = (&mut q_rows[..LANES * padded], &mut g_rows[..LANES * padded]);
+    let (dk, dv) = (&mut dk[..keys.len() * padded], &mut dv[..keys.len() * padded]);
+    let dq = &mut dq[..width * LANES];
+    dk.fill(0.0);
+    dv.fill(0.0);
+    q_rows.fill(0.0);
+    g_rows.fill(0.0);
+    let scale = head.options.scale as f32;
+    for member in group.members.clone() {
+        for start in (0..head.queries).step_by(LANES) {
+            let lanes = LANES.min(head.queries - start);
+            let sight = Sight::<LANES>::new(&head, start, lanes);
+            let runs = sight.runs(keys);
+            if runs.iter().all(Range::is_empty) {
+                continue;
+            }
+            let offset = start * stride + member * width;
+            let (q, g) = (&group.q[offset..], &group.gradient[offset..]);
+            block::transpose::<LANES>(q, stride, lanes, width, scale, qt);
+            block::transpose::<LANES>(g, stride, lanes, width, 1.0, gt);
+            copy_rows(q, stride, lanes, width, scale, q_rows, padded);
+            copy_rows(g, stride, lanes, width, 1.0, g_rows, padded);
+            let heads = head.options.heads;
+            // Lanes beyond the last query get no weight.
+            let (mut sums, mut deltas) = ([f32::INFINITY; LANES], [0.0; LANES]);
+            for lane in 0..lanes {
+                let place = (start + lane) * heads + member;
+                (sums[lane], deltas[lane]) = (group.sums[place], group.deltas[place]);
+            }
+            dq.fill(0.0);
+            for tile in block::tiles(runs) {
+                tile_weights::<LANES, FMA>(&head, &tile, &sight, qt, &sums, weights);
+                let own = (tile.start - keys.start) * padded;
+                if to.v.is_some() {
+                    add_rows::<LANES, FMA>(tile.len(), weights, g_rows, padded, &mut dv[own..]);
+                }
+                if to.q.is_none() && to.k.is_none() {
                     continue;
                 }
-                let offset = start * stride + member * width;
-                let (q, g) = (&group.q[offset..], &group.gradient[offset..]);
-                block::transpose::<LANES>(q, stride, lanes, width, scale, qt);
-                block::transpose::<LANES>(g, stride, lanes, width, 1.0, gt);
-                copy_rows(q, stride, lanes, width, scale, q_rows, padded);
-                copy_rows(g, stride, lanes, width, 1.0, g_rows, padded);
-                let heads = head.options.heads;
-                // Lanes beyond the last query get no weight.
-                let (mut sums, mut deltas) = ([f32::INFINITY; LANES], [0.0; LANES]);
-                for lane in 0..lanes {
-                    let place = (start + lane) * heads + member;
-                    (sums[lane], deltas[lane]) = (group.sums[place], group.deltas[place]);
+                let left = Head::rows(head.v, tile.start, head.stride);
+                tile::multiply::<LANES, FMA, false>(
+                    tile.len(),
+                    width,
+                    left,
+                    gt,
+                    LANES,
+                    changes,
+                    LANES,
+                );
+                tile_changes::<LANES, FMA>(&head, &tile, qt, &deltas, weights, changes);
+                if to.k.is_some() {
+                    add_rows::<LANES, FMA>(tile.len(), changes, q_rows, padded, &mut dk[own..]);
                 }
-                dq.fill(0.0);
-                for tile in block::tiles(runs) {
-                    tile_weights::<LANES, FMA>(&head, &tile, &sight, qt, &sums, weights);
-                    let own = (tile.start - keys.start) * padded;
-                    if to.v.is_some() {
-                        add_rows::<LANES, FMA>(tile.len(), weights, g_rows, padded, &mut dv[own..]);
-                    }
-                    if to.q.is_none() && to.k.is_none() {
-                        continue;
-                    }
-                    let left = Head::rows(head.v, tile.start, head.stride);
-                    tile::multiply::<LANES, FMA, false>(
-                        tile.len(),
+                if to.q.is_some() {
+                    let left = Head::columns(head.k, tile.start, head.stride);
+                    tile::multiply::<LANES, FMA, true>(
                         width,
+                        tile.len(),
                         left,
-                        gt,
-                        LANES,
                         changes,
                         LANES,
+                        dq,
+                        LANES,
                     );
-                    tile_changes::<LANES, FMA>(&head, &tile, qt, &deltas, weights, changes);
-                    if to.k.is_some() {
-                        add_rows::<LANES, FMA>(tile.len(), changes, q_rows, padded, &mut dk[own..]);
-                    }
-                    if to.q.is_some() {
-                        let left = Head::columns(head.k, tile.start, head.stride);
-                        tile::multiply::<LANES, FMA, true>(
-                            width,
-                            tile.len(),
-                            left,
-                            changes,
-                            LANES,
-                            dq,
-                            LANES,
-                        );
-                    }
                 }
-                if let Some(to) = to.q {
-                    for lane in 0..lanes {
-                        let row = group.first_query + start + lane;
-                        // SAFETY: rows of this document, columns of this key head's members.
-                        let out = unsafe { to.part(row, member * width, width) };
-                        for (column, out) in out.iter_mut().enumerate() {
-                            *out = dq[column * LANES + lane] * scale;
-                        }
+            }
+            if let Some(to) = to.q {
+                for lane in 0..lanes {
+                    let row = group.first_query + start + lane;
+                    // SAFETY: rows of this document, columns of this key head's members.
+                    let out = unsafe { to.part(row, member * width, width) };
+                    for (column, out) in out.iter_mut().enumerate() {
+                        *out = dq[column * LANES + lane] * scale;
                     }
                 }
             }
         }
-        for (to, found) in [(to.k, dk), (to.v, dv)] {
-            let Some(to) = to else { continue };
-            for (key, found) in keys.clone().zip(found.chunks_exact(padded)) {
-                // SAFETY: rows of this task's keys, columns of this key head.
-                let out = unsafe { to.part(group.first_key + key, group.key_column, width) };
-                out.copy_from_slice(&found[..width]);
-            }
+    }
+    for (to, found) in [(to.k, dk), (to.v, dv)] {
+        let Some(to) = to else { continue };
+        for (key, found) in keys.clone().zip(found.chunks_exact(padded)) {
+            // SAFETY: rows of this task's keys, columns of this key head.
+            let out = unsafe { to.part(group.first_key + key, group.key_column, width) };
+            out.copy_from_slice(&found[..width]);
         }
-    });
+    }
 }
 
 #[inline(always)]
@@ -241,27 +250,11 @@ fn add_rows<const LANES: usize, const FMA: bool>(
     }
 }
 
-/// Calls the body, so that [`simd::versions`] may compile it.
-#[inline(always)]
-fn checked_body<const LANES: usize, const FMA: bool>(
-    group: &Group<'_>,
-    keys: &Range<usize>,
-    to: &Gradients<'_>,
-) {
-    // SAFETY: `backward_group` has the same contract.
-    unsafe { group_body::<LANES, FMA>(group, keys, to) }
-}
-
 simd::versions! {
-    fn versions_of_group(group: &Group<'_>, keys: &Range<usize>, to: &Gradients<'_>)
-        = checked_body;
-}
-
-/// Writes what the keys `keys` of a group contribute to all three gradients.
-///
-/// # Safety
-/// No other task may at the same time be given the same document, key head and keys, nor the same
-/// document and key head with the same `to.q`.
-pub(super) unsafe fn backward_group(group: &Group<'_>, keys: &Range<usize>, to: &Gradients<'_>) {
-    versions_of_group(group, keys, to);
+    fn backward_keys(
+        group: &Group<'_>,
+        keys: &Range<usize>,
+        to: &Gradients<'_>,
+        scratch: [&mut [f32]; 9],
+    ) = keys_body;
 }

@@ -90,9 +90,9 @@ impl<const LANES: usize> Sight<LANES> {
             if key < self.prefix {
                 continue;
             }
-            for lane in 0..LANES {
-                let seen = self.low[lane] <= key && key < self.high[lane];
-                row[lane] = if seen { row[lane] } else { hidden };
+            for (score, (low, high)) in row.iter_mut().zip(self.low.iter().zip(&self.high)) {
+                let seen = *low <= key && key < *high;
+                *score = if seen { *score } else { hidden };
             }
         }
     }
@@ -128,7 +128,7 @@ pub(super) fn scores<const LANES: usize, const FMA: bool>(
     tile::multiply::<LANES, FMA, false>(keys.len(), head.width, left, q, LANES, out, LANES);
     if let Some(cap) = head.options.soft_cap {
         let (cap, inverse) = (cap as f32, cap.recip() as f32);
-        for score in out[..keys.len() * LANES].iter_mut() {
+        for score in &mut out[..keys.len() * LANES] {
             *score = cap * simd::tanh::<FMA>(*score * inverse);
         }
     }

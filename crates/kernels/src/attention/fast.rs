@@ -8,8 +8,10 @@ use rayon::prelude::*;
 use super::AttentionOptions;
 use super::backward::{self, Gradients, Group, KEYS};
 use super::block::Head;
+use super::few::{self, FEW};
 use super::forward::{self, ROWS};
 use crate::disjoint::Columns;
+use crate::parallel::each;
 use crate::spans::Spans;
 use crate::tape::{Operation, from_values, values};
 
@@ -83,10 +85,18 @@ impl Operation<3> for Attention {
             }
         }
         let group = heads / self.options.key_heads;
-        tasks.into_par_iter().for_each(|(document, first, count, q, out, sums)| {
+        each(tasks, |(document, first, count, q, out, sums)| {
             for index in 0..heads {
                 let head = self.head(k, v, document, index / group);
                 let column = index * head.width;
+                if head.queries <= FEW {
+                    for row in 0..count {
+                        let place = row * width + column;
+                        let (q, out) = (&q[place..][..head.width], &mut out[place..][..head.width]);
+                        sums[row * heads + index] = few::query(&head, first + row, q, out);
+                    }
+                    continue;
+                }
                 let (q, out) = (&q[column..], &mut out[column..]);
                 let sums = &mut sums[index..];
                 forward::forward_head(&head, first, count, q, out, width, sums, heads);
@@ -128,7 +138,7 @@ impl Operation<3> for Attention {
                     })
                 })
                 .collect();
-            tasks.into_par_iter().for_each(|(document, chunk, key_head)| {
+            each(tasks, |(document, chunk, key_head)| {
                 let rows = self.queries.get(document);
                 let members = heads / key_heads;
                 let group = Group {

@@ -1,7 +1,7 @@
 //! The forward pass over one block of queries after the other.
 
 use super::block::{self, Head, Sight, TILE};
-use crate::simd;
+use crate::simd::{self, MAX_LANES};
 use crate::tile;
 
 /// Rows of queries one task computes; a multiple of every number of lanes.
@@ -11,8 +11,7 @@ pub(super) const ROWS: usize = 64;
 ///
 /// - `q`: from this head's first column of query `first` on, `stride` to the next query
 /// - `out`: as `q`; `sums`: from this head's number on, `sums_stride` to the next query
-#[inline(always)]
-fn head_body<const LANES: usize, const FMA: bool>(
+pub(super) fn forward_head(
     head: &Head<'_>,
     first: usize,
     count: usize,
@@ -22,28 +21,44 @@ fn head_body<const LANES: usize, const FMA: bool>(
     sums: &mut [f32],
     sums_stride: usize,
 ) {
+    let block = head.width * MAX_LANES;
+    crate::scratch::with([block, TILE * MAX_LANES, block], |scratch| {
+        forward_rows(head, first, count, q, out, stride, sums, sums_stride, scratch);
+    });
+}
+
+#[inline(always)]
+fn rows_body<const LANES: usize, const FMA: bool>(
+    head: &Head<'_>,
+    first: usize,
+    count: usize,
+    q: &[f32],
+    out: &mut [f32],
+    stride: usize,
+    sums: &mut [f32],
+    sums_stride: usize,
+    [qt, scores, ot]: [&mut [f32]; 3],
+) {
     let width = head.width;
-    crate::scratch::with([width * LANES, TILE * LANES, width * LANES], |[qt, scores, ot]| {
-        for start in (0..count).step_by(LANES) {
-            let lanes = LANES.min(count - start);
-            let scale = head.options.scale as f32;
-            block::transpose::<LANES>(&q[start * stride..], stride, lanes, width, scale, qt);
-            let (largest, sum) =
-                block_body::<LANES, FMA>(head, first + start, lanes, qt, scores, ot);
-            for lane in 0..lanes {
-                let row = start + lane;
-                let blind = sum[lane] == 0.0;
-                // A query that saw nothing gives zeros, and no weight to any key in backward.
-                let share = if blind { 0.0 } else { sum[lane].recip() };
-                sums[row * sums_stride] =
-                    if blind { f32::INFINITY } else { largest[lane] + sum[lane].ln() };
-                let out = &mut out[row * stride..][..width];
-                for (column, out) in out.iter_mut().enumerate() {
-                    *out = ot[column * LANES + lane] * share;
-                }
+    let ot = &mut ot[..width * LANES];
+    for start in (0..count).step_by(LANES) {
+        let lanes = LANES.min(count - start);
+        let scale = head.options.scale as f32;
+        block::transpose::<LANES>(&q[start * stride..], stride, lanes, width, scale, qt);
+        let (largest, sum) = block_body::<LANES, FMA>(head, first + start, lanes, qt, scores, ot);
+        for lane in 0..lanes {
+            let row = start + lane;
+            let blind = sum[lane] == 0.0;
+            // A query that saw nothing gives zeros, and no weight to any key in backward.
+            let share = if blind { 0.0 } else { sum[lane].recip() };
+            sums[row * sums_stride] =
+                if blind { f32::INFINITY } else { largest[lane] + sum[lane].ln() };
+            let out = &mut out[row * stride..][..width];
+            for (column, out) in out.iter_mut().enumerate() {
+                *out = ot[column * LANES + lane] * share;
             }
         }
-    });
+    }
 }
 
 /// Accumulates one block; returns each lane's largest score and sum of exponentials above it.
@@ -100,7 +115,7 @@ fn block_body<const LANES: usize, const FMA: bool>(
 }
 
 simd::versions! {
-    pub(super) fn forward_head(
+    fn forward_rows(
         head: &Head<'_>,
         first: usize,
         count: usize,
@@ -109,5 +124,6 @@ simd::versions! {
         stride: usize,
         sums: &mut [f32],
         sums_stride: usize,
-    ) = head_body;
+        scratch: [&mut [f32]; 3],
+    ) = rows_body;
 }

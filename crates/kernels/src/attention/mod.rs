@@ -3,6 +3,7 @@
 mod backward;
 mod block;
 mod fast;
+mod few;
 mod forward;
 pub mod reference;
 

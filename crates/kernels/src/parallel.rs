@@ -1,0 +1,32 @@
+//! Work split into tasks whose borders depend on the shapes alone.
+
+use rayon::prelude::*;
+
+/// Numbers one task of an element-wise operation takes.
+pub(crate) const CHUNK: usize = 1 << 14;
+
+/// Runs tasks on all threads; a single one stays on this thread.
+pub(crate) fn each<T: Send>(tasks: impl IntoIterator<Item = T>, work: impl Fn(T) + Sync + Send) {
+    let mut tasks: Vec<T> = tasks.into_iter().collect();
+    if tasks.len() > 1 {
+        tasks.into_par_iter().for_each(work);
+    } else if let Some(task) = tasks.pop() {
+        work(task);
+    }
+}
+
+/// Gives how many rows of a width make a task, at least one.
+pub(crate) fn rows_of(width: usize) -> usize {
+    CHUNK.div_ceil(width.max(1))
+}
+
+/// Adds up rows of a width in their order.
+pub(crate) fn add_rows(rows: &[f32], width: usize) -> Vec<f32> {
+    let mut sum = vec![0.0; width];
+    for row in rows.chunks_exact(width.max(1)) {
+        for (sum, x) in sum.iter_mut().zip(row) {
+            *sum += x;
+        }
+    }
+    sum
+}
