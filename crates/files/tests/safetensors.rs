@@ -13,11 +13,24 @@ use retune_files::safetensors::{
 };
 use retune_files::{Dtype, SaveError, TensorProblem};
 
-const GOLDEN: [&str; 5] =
-    ["dtypes", "ggml", "peft_beft_expected", "peft_lora", "training_llama_batch"];
-
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/{name}.safetensors"))
+}
+
+/// The packs made by PEFT, transformers and mergekit, shared by all crates.
+fn packs() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../testkit/golden")
+}
+
+fn all_below(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            all_below(&path, found);
+        } else if path.extension().is_some_and(|ending| ending == "safetensors") {
+            found.push(path);
+        }
+    }
 }
 
 fn none() -> BTreeMap<String, String> {
@@ -32,16 +45,19 @@ fn contents(file: &SafetensorsFile) -> Vec<(TensorSpec, Vec<u8>)> {
 
 #[test]
 fn writing_a_file_of_the_reference_writer_again_gives_its_bytes() {
+    let mut paths = vec![golden("dtypes"), golden("ggml")];
+    all_below(&packs(), &mut paths);
+    assert!(paths.len() > 100, "only {} files found", paths.len());
     let home = tempfile::tempdir().unwrap();
-    for name in GOLDEN {
-        let original = fs::read(golden(name)).unwrap();
-        let file = SafetensorsFile::open(golden(name)).unwrap();
-        assert!(!file.is_empty(), "{name}");
-        let again = safetensors_bytes(&contents(&file), file.metadata()).unwrap();
-        assert!(again == original, "{name} in memory");
-        let path = home.path().join(name);
-        write_safetensors(&path, &contents(&file), file.metadata()).unwrap();
-        assert!(fs::read(path).unwrap() == original, "{name} on disk");
+    let again = home.path().join("again");
+    for path in paths {
+        let original = fs::read(&path).unwrap();
+        let file = SafetensorsFile::open(&path).unwrap();
+        assert!(!file.is_empty(), "{}", path.display());
+        let bytes = safetensors_bytes(&contents(&file), file.metadata()).unwrap();
+        assert!(bytes == original, "{} in memory", path.display());
+        write_safetensors(&again, &contents(&file), file.metadata()).unwrap();
+        assert!(fs::read(&again).unwrap() == original, "{} on disk", path.display());
     }
 }
 
@@ -110,7 +126,7 @@ fn numbers_beyond_the_wanted_type_are_errors() {
 #[test]
 fn the_ecosystems_adapter_reads_as_written() {
     // The first numbers of two tensors, printed by the pack's own verify.py loader.
-    let file = SafetensorsFile::open(golden("peft_lora")).unwrap();
+    let file = SafetensorsFile::open(packs().join("peft/lora/adapter_model.safetensors")).unwrap();
     assert_eq!(file.metadata()["format"], "pt");
     let name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight";
     let tensor = file.tensor(name).unwrap();

@@ -442,10 +442,11 @@ proptest! {
 
     /// A damaged byte is refused or read, and a file cut short always refused.
     #[test]
-    fn damage_is_survived(at in 0usize..8192, bit in 0u32..8, cut in 0usize..8192) {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/peft_lora.safetensors");
+    fn damage_is_survived(at in any::<prop::sample::Index>(), bit in 0u32..8) {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/dtypes.safetensors");
         let mut bytes = fs::read(path).unwrap();
-        prop_assert!(SafetensorsFile::from_bytes("cut", bytes[..cut].to_vec()).is_err());
+        let at = at.index(bytes.len());
+        prop_assert!(SafetensorsFile::from_bytes("cut", bytes[..at].to_vec()).is_err());
         bytes[at] ^= 1 << bit;
         use_all(bytes);
     }
