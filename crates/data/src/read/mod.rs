@@ -173,6 +173,10 @@ impl RowFile {
     pub fn read(&self, index: usize) -> Result<Row> {
         let place = self.places[index];
         let line = place.line as usize;
+        #[cfg_attr(
+            not(feature = "parquet"),
+            expect(clippy::infallible_destructuring_match, reason = "one more arm with Parquet")
+        )]
         let file = match &self.storage {
             Storage::Bytes(file) => file,
             #[cfg(feature = "parquet")]

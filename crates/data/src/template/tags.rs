@@ -22,8 +22,8 @@ pub(super) fn rewrite(source: &str, filter: &str) -> (String, bool) {
         out.push_str(&rest[..at]);
         rest = &rest[at..];
         let close = if rest.starts_with("{#") { "#}" } else { "%}" };
-        let Some(end) = rest.find(close) else { break };
-        let (tag, after) = rest.split_at(end + 2);
+        let Some(end) = rest[2..].find(close) else { break };
+        let (tag, after) = rest.split_at(end + 4);
         if close == "#}" {
             out.push_str(tag);
         } else {
@@ -73,7 +73,7 @@ mod tests {
 
     #[test]
     fn leaves_comments_and_other_templates_alone() {
-        let source = "{# {% generation %} #}{% set x = 'generation' %}{{ x }}{% broken";
+        let source = "{%}}{#}{# {% generation %} #}{% set x = 'generation' %}{{ x }}{% broken";
         assert_eq!(rewrite(source, "f"), (source.to_owned(), false));
     }
 }

@@ -333,3 +333,54 @@ fn a_row_with_the_reserved_character_is_refused() {
         }
     }
 }
+
+proptest::proptest! {
+    #[test]
+    fn templates_and_rows_of_any_kind_never_panic(
+        source in "(\\{%-?|\\{\\{|%\\}|-?%\\}|\\}\\}|\\{#|#\\}| |generation|endgeneration|for m in messages|endfor|if m|endif|m\\.content|\\[0\\]|\\||tojson|x|\n|'|\\(|\\)){0,14}",
+        content in "\\PC{0,8}",
+    ) {
+        let settings = TemplateSettings::default();
+        if let Ok(template) = ChatTemplate::compile(&source, settings) {
+            let talk = Conversation {
+                messages: vec![
+                    json!({"role": "user", "content": content.clone()}),
+                    json!({"role": "assistant", "content": content}),
+                ],
+                ..Conversation::default()
+            };
+            if let Ok(rendered) = template.render_with_spans(&talk) {
+                for span in rendered.spans {
+                    // Ranges are in bounds and on characters' borders.
+                    proptest::prop_assert!(rendered.text.get(span.bytes).is_some());
+                }
+            }
+        }
+    }
+
+    /// In every format, with any content, the spans are the answers.
+    #[test]
+    fn spans_hold_the_answers(
+        answers in proptest::collection::vec("[a-zA-Z<>|é ]{0,6}[a-z]", 1..4),
+    ) {
+        for source in [CHATML, LLAMA3, GEMMA, MISTRAL, THINKING] {
+            let mut messages = Vec::new();
+            for answer in &answers {
+                messages.push(json!({"role": "user", "content": "Q"}));
+                messages.push(json!({"role": "assistant", "content": answer}));
+            }
+            let talk = Conversation { messages, ..Conversation::default() };
+            let rendered = compile(source).render_with_spans(&talk).unwrap();
+            proptest::prop_assert_eq!(rendered.spans.len(), answers.len());
+            for (span, answer) in rendered.spans.iter().zip(&answers) {
+                let text = &rendered.text[span.bytes.clone()];
+                let body = text.trim_start_matches("<think>\n\n</think>\n\n").trim_start();
+                let rest = body.strip_prefix(answer.trim_start());
+                proptest::prop_assert!(rest.is_some(), "{:?} in {:?}", answer, text);
+                let rest = rest.unwrap().trim_end();
+                let ends = ["", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "</s>"];
+                proptest::prop_assert!(ends.contains(&rest), "{:?}", text);
+            }
+        }
+    }
+}

@@ -88,13 +88,19 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] when the content is not a tokenizer.
     pub fn from_json(json: &[u8], origin: &str) -> Result<Self> {
-        let inner = tokenizers::Tokenizer::from_bytes(json).map_err(|e| {
+        let refuse = |problem: String| {
             Error::tokenizer(
                 origin,
-                format!("not a tokenizer.json: {e}"),
+                format!("not a tokenizer.json: {problem}"),
                 "get the file again, or convert the tokenizer with transformers' save_pretrained",
             )
-        })?;
+        };
+        // The tokenizers crate panics on some text that is not JSON, and on some that is.
+        serde_json::from_slice::<serde::de::IgnoredAny>(json).map_err(|e| refuse(e.to_string()))?;
+        let parsed = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(json));
+        let inner = parsed
+            .map_err(|_| refuse("its parts do not fit together".to_owned()))?
+            .map_err(|e| refuse(e.to_string()))?;
         Self::new(inner, SpecialTokens::default(), None, origin)
     }
 

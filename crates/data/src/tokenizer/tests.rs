@@ -224,11 +224,11 @@ fn missing_and_broken_files_are_named() {
     assert!(error.contains("tokenizer_config.json: not a JSON object"), "{error}");
 }
 
-#[test]
-fn pairs_get_token_types() {
+/// A WordPiece tokenizer as BERT's files hold it.
+fn small_bert() -> Value {
     let vocabulary =
         json!({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "hi": 3, "you": 4, "##s": 5, "a": 6});
-    let json = json!({
+    json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
         "normalizer": {"type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true,
             "strip_accents": null, "lowercase": true},
@@ -237,7 +237,12 @@ fn pairs_get_token_types() {
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
         "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
             "max_input_chars_per_word": 100, "vocab": vocabulary},
-    });
+    })
+}
+
+#[test]
+fn pairs_get_token_types() {
+    let json = small_bert();
     let tokenizer = Tokenizer::from_json(json.to_string().as_bytes(), "bert").unwrap();
     let (pair, cut) = tokenizer.encode_fitting("Hi", Some("yous"), 64).unwrap();
     assert_eq!(cut, 0);
@@ -288,5 +293,51 @@ proptest! {
     #[test]
     fn any_bytes_as_tokenizer_json_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
         let _ = Tokenizer::from_json(&bytes, "x");
+    }
+
+    #[test]
+    fn damaged_tokenizer_files_never_panic(at: usize, byte in 32u8..127, cut in 0usize..40) {
+        let mut json = small_bert().to_string().into_bytes();
+        let at = at % json.len();
+        json[at] = byte;
+        if cut == 0 {
+            json.truncate(at);
+        }
+        if let Ok(tokenizer) = Tokenizer::from_json(&json, "x") {
+            if let Ok(got) = tokenizer.encode("hi yous é", true) {
+                let _ = tokenizer.decode(&got.ids, false);
+            }
+            let _ = tokenizer.encode_fitting("hi", Some("you hi"), 5);
+            let _ = tokenizer.vocabulary_size();
+        }
+    }
+
+    #[test]
+    fn damaged_gguf_metadata_never_panics(
+        model in prop_oneof![Just("gpt2".to_owned()), Just("llama".to_owned())],
+        tokens in proptest::collection::vec("[ab▁ ]{0,3}|<0x4[12]>", 0..12),
+        types in proptest::collection::vec(0i32..8, 12),
+        scores in proptest::collection::vec(any::<f32>(), 12),
+        merges in proptest::collection::vec("[ab ]{0,4}", 0..4),
+        special in 0u32..14,
+    ) {
+        let metadata = GgufTokenizer {
+            model,
+            pre: Some("gpt-2".into()),
+            token_types: types[..tokens.len()].to_vec(),
+            scores: scores[..tokens.len()].to_vec(),
+            tokens,
+            merges,
+            bos: Some(special),
+            eos: Some(special / 2),
+            unk: Some(special / 3),
+            add_bos: Some(true),
+            ..GgufTokenizer::default()
+        };
+        if let Ok(tokenizer) = Tokenizer::from_gguf(metadata, "x")
+            && let Ok(got) = tokenizer.encode("ab a<0x41>é ", true)
+        {
+            let _ = tokenizer.decode(&got.ids, false);
+        }
     }
 }
