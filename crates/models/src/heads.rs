@@ -153,7 +153,9 @@ pub(crate) fn for_task(config: Config, classes: &Classes, task: &Task) -> Result
         return Err(wrong("a class is there twice", format!("`{}`", pair[0])));
     }
     let keep = match classes.read(&config) {
-        Ok((_, Purpose::Classes(saved))) => saved == *wanted || (unnamed(&saved) && saved.len() == wanted.len()),
+        Ok((_, Purpose::Classes(saved))) => {
+            saved == *wanted || (unnamed(&saved) && saved.len() == wanted.len())
+        }
         _ => false,
     };
     let names: Map<String, Value> =
@@ -275,7 +277,9 @@ mod tests {
             "id2label": {"0": "a", "2": "b"}}));
         assert!(LLAMA.read(&gap).unwrap_err().to_string().contains("id2label"));
         let other = config(json!({"architectures": ["LlamaForTokenClassification"]}));
-        assert!(LLAMA.read(&other).unwrap_err().to_string().contains("LlamaForTokenClassification"));
+        assert!(
+            LLAMA.read(&other).unwrap_err().to_string().contains("LlamaForTokenClassification")
+        );
     }
 
     #[test]

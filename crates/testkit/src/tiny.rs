@@ -49,10 +49,7 @@ pub fn configs() -> Vec<(&'static str, Value)> {
                 "embd_pdrop": 0.0, "resid_pdrop": 0.0}),
         ),
         ("bert", encoder("BertModel", json!({}))),
-        (
-            "llama classes",
-            decoder("llama", "LlamaForSequenceClassification", labels.clone()),
-        ),
+        ("llama classes", decoder("llama", "LlamaForSequenceClassification", labels.clone())),
         ("bert classes", encoder("BertForSequenceClassification", labels)),
     ]
 }

@@ -71,12 +71,18 @@ pub fn write_adapter(
             });
         }
         let [outputs, inputs] = weight.matrix();
-        if pair.rank == 0 || pair.a.len() != pair.rank * inputs || pair.b.len() != outputs * pair.rank
+        if pair.rank == 0
+            || pair.a.len() != pair.rank * inputs
+            || pair.b.len() != outputs * pair.rank
         {
             return Err(Error::Shape {
                 name: pair.weight.clone(),
                 expected: vec![outputs, inputs, pair.rank],
-                found: vec![pair.b.len() / pair.rank.max(1), pair.a.len() / pair.rank.max(1), pair.rank],
+                found: vec![
+                    pair.b.len() / pair.rank.max(1),
+                    pair.a.len() / pair.rank.max(1),
+                    pair.rank,
+                ],
                 help: "the adapter is for another model".to_owned(),
             });
         }
