@@ -21,7 +21,7 @@ use tensor::Tensor;
 /// The classes of BERT.
 pub(crate) const BERT: Classes = Classes {
     language: "",
-    classes: "BertForSequenceClassification",
+    classifier: "BertForSequenceClassification",
     bare: "BertModel",
     prefix: "bert.",
 };

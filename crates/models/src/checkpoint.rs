@@ -12,7 +12,7 @@ use crate::gguf::{self, GgufSource, GgufTokenizer};
 use crate::heads::{Task, for_task};
 use retune_core::model::Model;
 use retune_core::random::Seed;
-use retune_core::spec::ModelSpec;
+use retune_core::spec::{ModelSpec, WeightSpec};
 use retune_core::weights::WeightSource;
 use retune_core::{Error, Result};
 use retune_files::gguf::GgufFile;
@@ -171,7 +171,7 @@ fn unused(source: &dyn WeightSource, spec: &ModelSpec) -> Vec<String> {
 /// A bias the configuration does not mention changes every result when it is left out; a whole
 /// module left out (a pooler, another task's head) does not.
 fn refuse_strangers(path: &Path, unused: &[String], spec: &ModelSpec) -> Result<()> {
-    let modules: BTreeSet<&str> = spec.weights.iter().map(|weight| weight.module()).collect();
+    let modules: BTreeSet<&str> = spec.weights.iter().map(WeightSpec::module).collect();
     let stranger = unused.iter().find(|name| {
         let parts = name.rsplit_once('.');
         parts.is_some_and(|(module, last)| {

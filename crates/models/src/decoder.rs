@@ -73,6 +73,7 @@ pub(crate) struct Block {
 }
 
 /// What tells the families apart.
+#[expect(clippy::struct_excessive_bools, reason = "each is a feature a family has or lacks")]
 #[derive(Debug)]
 pub(crate) struct Family {
     pub(crate) classes: Classes,

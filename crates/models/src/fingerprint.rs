@@ -27,7 +27,7 @@ pub(crate) fn fingerprint(mut parts: Vec<Part<'_>>) -> String {
     for digest in digests {
         all.update(digest);
     }
-    all.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    format!("{:x}", all.finalize())
 }
 
 fn digest(part: &Part<'_>) -> [u8; 32] {

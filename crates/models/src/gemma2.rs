@@ -11,7 +11,7 @@ use retune_core::model::Model;
 /// The classes of Gemma 2.
 pub(crate) const GEMMA2: Classes = Classes {
     language: "Gemma2ForCausalLM",
-    classes: "Gemma2ForSequenceClassification",
+    classifier: "Gemma2ForSequenceClassification",
     bare: "Gemma2Model",
     prefix: "model.",
 };

@@ -12,7 +12,7 @@ use retune_core::{Error, Result};
 /// The classes of Gemma 3 for text.
 pub(crate) const GEMMA3: Classes = Classes {
     language: "Gemma3ForCausalLM",
-    classes: "Gemma3TextForSequenceClassification",
+    classifier: "Gemma3TextForSequenceClassification",
     bare: "Gemma3TextModel",
     prefix: "model.",
 };

@@ -1,5 +1,7 @@
 //! A checkpoint opened for a task it was not saved for.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests may panic as the tests do")]
+
 use retune_core::batch::{Batch, Document};
 use retune_core::random::Seed;
 use retune_core::spec::Head;

@@ -83,7 +83,9 @@ impl MemorySource {
             };
             let mut values = vec![0.0; weight.count()];
             seed.stream(&weight.name, &[]).fill_normal(&mut values, deviation);
-            values.iter_mut().for_each(|value| *value += mean);
+            for value in &mut values {
+                *value += mean;
+            }
             let mut shape = weight.shape.clone();
             if weight.kind == (Kind::Linear { transposed: true }) {
                 shape.reverse();

@@ -92,7 +92,9 @@ pub fn write_adapter(
         }
         let factor = (pair.scale * pair.rank as f64 / alpha) as f32;
         if factor != 1.0 {
-            b.iter_mut().for_each(|value| *value *= factor);
+            for value in &mut b {
+                *value *= factor;
+            }
         }
         let stored = stored_name(arch, weight)?;
         let (name_a, name_b) = (format!("{stored}.lora_a"), format!("{stored}.lora_b"));

@@ -72,7 +72,9 @@ pub fn write_model(
         }
         let offset = arch.offset(weight);
         if offset != 0.0 {
-            numbers.iter_mut().for_each(|value| *value += offset);
+            for value in &mut numbers {
+                *value += offset;
+            }
         }
         writer.write_f32(stored, &numbers)?;
     }
