@@ -21,7 +21,7 @@ use tensor::Tensor;
 /// The classes of BERT.
 pub(crate) const BERT: Classes = Classes {
     language: "",
-    classes: "BertForSequenceClassification",
+    classifier: "BertForSequenceClassification",
     bare: "BertModel",
     prefix: "bert.",
 };
@@ -117,10 +117,8 @@ pub(crate) fn bert(config: &Config) -> Result<Box<dyn Model>> {
         head,
         config: config.value().clone(),
     };
-    let attention = AttentionOptions {
-        causal: false,
-        ..AttentionOptions::causal(heads, heads, width / heads)
-    };
+    let attention =
+        AttentionOptions { causal: false, ..AttentionOptions::causal(heads, heads, width / heads) };
     let hidden_dropout = config.rate("hidden_dropout_prob", 0.1)?;
     Ok(Box::new(Bert {
         spec: Arc::new(spec),

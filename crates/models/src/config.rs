@@ -112,9 +112,7 @@ impl Config {
     /// [`Error::Content`] if it is present and not a finite number above zero.
     pub fn positive(&self, key: &str) -> Result<Option<f64>> {
         match self.number(key)? {
-            Some(number) if number <= 0.0 => {
-                Err(self.wrong(key, "a number above zero", number.to_string()))
-            }
+            Some(number) if number <= 0.0 => Err(self.unknown(key, "a number above zero")),
             number => Ok(number),
         }
     }
@@ -127,7 +125,7 @@ impl Config {
         match self.number(key)? {
             None => Ok(default),
             Some(rate) if (0.0..1.0).contains(&rate) => Ok(rate),
-            Some(rate) => Err(self.wrong(key, "a rate from 0 to below 1", rate.to_string())),
+            Some(_) => Err(self.unknown(key, "a rate from 0 to below 1")),
         }
     }
 

@@ -73,6 +73,7 @@ pub(crate) struct Block {
 }
 
 /// What tells the families apart.
+#[expect(clippy::struct_excessive_bools, reason = "each is a feature a family has or lacks")]
 #[derive(Debug)]
 pub(crate) struct Family {
     pub(crate) classes: Classes,
@@ -129,7 +130,11 @@ impl Decoder {
             let layer = Some(i);
             let attention = format!("{block}.self_attn");
             weights.norm(&format!("{block}.input_layernorm"), width, false, layer);
-            let inputs = [("q_proj", q, Role::Query), ("k_proj", kv, Role::Key), ("v_proj", kv, Role::Value)];
+            let inputs = [
+                ("q_proj", q, Role::Query),
+                ("k_proj", kv, Role::Key),
+                ("v_proj", kv, Role::Value),
+            ];
             for (name, rows, role) in inputs {
                 let module = format!("{attention}.{name}");
                 weights.linear(&module, [rows, width], family.input_bias, role, layer);

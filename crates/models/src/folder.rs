@@ -54,7 +54,11 @@ impl FolderSource {
     /// # Errors
     /// If the files cannot be read.
     pub fn open(path: &Path, spec: &ModelSpec) -> Result<Self> {
-        let tensors = Safetensors::open(path)?;
+        Ok(Self::new(Safetensors::open(path)?, spec))
+    }
+
+    /// Takes the safetensors of a folder for a model, as [`FolderSource::open`].
+    pub fn new(tensors: Safetensors, spec: &ModelSpec) -> Self {
         let mut ways = vec![Prefix::Same];
         for prefix in ["model.", "bert.", "transformer."] {
             ways.extend([Prefix::Add(prefix), Prefix::Strip(prefix)]);
@@ -75,7 +79,7 @@ impl FolderSource {
                 (names, most) = (renamed, count);
             }
         }
-        Ok(Self { tensors, names })
+        Self { tensors, names }
     }
 }
 

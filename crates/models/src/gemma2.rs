@@ -11,7 +11,7 @@ use retune_core::model::Model;
 /// The classes of Gemma 2.
 pub(crate) const GEMMA2: Classes = Classes {
     language: "Gemma2ForCausalLM",
-    classes: "Gemma2ForSequenceClassification",
+    classifier: "Gemma2ForSequenceClassification",
     bare: "Gemma2Model",
     prefix: "model.",
 };
@@ -31,7 +31,15 @@ pub(crate) fn gemma2(config: &Config) -> Result<Box<dyn Model>> {
         Block { rope: rope.clone(), attention: AttentionOptions { window, ..attention.clone() } }
     };
     let blocks = windowed.into_iter().map(block).collect();
-    family(config, GEMMA2, sizes, false, soft_cap(config, "final_logit_softcapping", Some(30.0))?, 8192, blocks)
+    family(
+        config,
+        GEMMA2,
+        sizes,
+        false,
+        soft_cap(config, "final_logit_softcapping", Some(30.0))?,
+        8192,
+        blocks,
+    )
 }
 
 /// Puts together what Gemma 2 and 3 share.
@@ -61,9 +69,7 @@ pub(crate) fn family(
         embedding_scale: Some(f64::from((sizes.width as f64).sqrt() as f32)),
         activation: activation(config, "hidden_activation", "gelu_pytorch_tanh")?,
         tied: true,
-        max_positions: config
-            .optional_size("max_position_embeddings")?
-            .unwrap_or(max_positions),
+        max_positions: config.optional_size("max_position_embeddings")?.unwrap_or(max_positions),
         soft_cap,
         blocks,
     };

@@ -12,7 +12,7 @@ use retune_core::{Error, Result};
 /// The classes of Gemma 3 for text.
 pub(crate) const GEMMA3: Classes = Classes {
     language: "Gemma3ForCausalLM",
-    classes: "Gemma3TextForSequenceClassification",
+    classifier: "Gemma3TextForSequenceClassification",
     bare: "Gemma3TextModel",
     prefix: "model.",
 };
@@ -35,8 +35,7 @@ pub(crate) fn gemma3(config: &Config) -> Result<Box<dyn Model>> {
         Some(pattern) => pattern,
         None => config.optional_size("_sliding_window_pattern")?.unwrap_or(6),
     };
-    let windowed =
-        windowed_layers(config, sizes.num_layers, |i| !(i + 1).is_multiple_of(pattern))?;
+    let windowed = windowed_layers(config, sizes.num_layers, |i| !(i + 1).is_multiple_of(pattern))?;
     let global = rope::read_for(config, "full_attention", "rope_theta", 1e6, sizes.head_width)?;
     let local =
         rope::read_for(config, "sliding_attention", "rope_local_base_freq", 1e4, sizes.head_width)?;

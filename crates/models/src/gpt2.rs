@@ -18,7 +18,7 @@ use tensor::Tensor;
 /// The classes of GPT-2.
 pub(crate) const GPT2: Classes = Classes {
     language: "GPT2LMHeadModel",
-    classes: "GPT2ForSequenceClassification",
+    classifier: "GPT2ForSequenceClassification",
     bare: "GPT2Model",
     prefix: "transformer.",
 };

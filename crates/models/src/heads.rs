@@ -50,7 +50,7 @@ pub(crate) struct Classes {
     /// Gives next tokens, e.g. `LlamaForCausalLM`; empty where the family has none.
     pub(crate) language: &'static str,
     /// Gives classes, e.g. `LlamaForSequenceClassification`.
-    pub(crate) classes: &'static str,
+    pub(crate) classifier: &'static str,
     /// Gives states, e.g. `LlamaModel`.
     pub(crate) bare: &'static str,
     /// What stands before the names of the bare model inside the other two, e.g. `model.`.
@@ -74,11 +74,13 @@ impl Classes {
         };
         let usual = if self.language.is_empty() { self.bare } else { self.language };
         match saved.unwrap_or(usual) {
-            class if class == self.classes => Ok((self.classes, Purpose::Classes(labels(config)?))),
+            class if class == self.classifier => {
+                Ok((self.classifier, Purpose::Classes(labels(config)?)))
+            }
             class if class == self.bare => Ok((self.bare, Purpose::Embedding)),
             class if class == self.language => Ok((self.language, Purpose::Language)),
             class => {
-                let known = [self.language, self.classes, self.bare];
+                let known = [self.language, self.classifier, self.bare];
                 let known: Vec<&str> = known.into_iter().filter(|name| !name.is_empty()).collect();
                 Err(Error::Unsupported {
                     what: format!("the head of {class}"),
@@ -101,7 +103,7 @@ impl Classes {
     pub(crate) fn class_for(&self, task: &Task) -> Option<&'static str> {
         match task {
             Task::AsSaved => None,
-            Task::Classify { .. } => Some(self.classes),
+            Task::Classify { .. } => Some(self.classifier),
             Task::Embed => Some(self.bare),
         }
     }
@@ -149,11 +151,13 @@ pub(crate) fn for_task(config: Config, classes: &Classes, task: &Task) -> Result
     }
     let mut sorted: Vec<&String> = wanted.iter().collect();
     sorted.sort_unstable();
-    if let Some(pair) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(wrong("a class is there twice", format!("`{}`", pair[0])));
+    if let Some([label, _]) = sorted.array_windows().find(|[a, b]| a == b) {
+        return Err(wrong("a class is there twice", format!("`{label}`")));
     }
     let keep = match classes.read(&config) {
-        Ok((_, Purpose::Classes(saved))) => saved == *wanted || (unnamed(&saved) && saved.len() == wanted.len()),
+        Ok((_, Purpose::Classes(saved))) => {
+            saved == *wanted || (unnamed(&saved) && saved.len() == wanted.len())
+        }
         _ => false,
     };
     let names: Map<String, Value> =
@@ -251,7 +255,7 @@ mod tests {
 
     const LLAMA: Classes = Classes {
         language: "LlamaForCausalLM",
-        classes: "LlamaForSequenceClassification",
+        classifier: "LlamaForSequenceClassification",
         bare: "LlamaModel",
         prefix: "model.",
     };
@@ -265,7 +269,7 @@ mod tests {
         let config = config(json!({"architectures": ["LlamaForSequenceClassification"],
             "id2label": {"1": "spam", "0": "ham"}}));
         let (class, purpose) = LLAMA.read(&config).unwrap();
-        assert_eq!(class, LLAMA.classes);
+        assert_eq!(class, LLAMA.classifier);
         assert_eq!(purpose, Purpose::Classes(vec!["ham".into(), "spam".into()]));
     }
 
@@ -275,7 +279,9 @@ mod tests {
             "id2label": {"0": "a", "2": "b"}}));
         assert!(LLAMA.read(&gap).unwrap_err().to_string().contains("id2label"));
         let other = config(json!({"architectures": ["LlamaForTokenClassification"]}));
-        assert!(LLAMA.read(&other).unwrap_err().to_string().contains("LlamaForTokenClassification"));
+        assert!(
+            LLAMA.read(&other).unwrap_err().to_string().contains("LlamaForTokenClassification")
+        );
     }
 
     #[test]

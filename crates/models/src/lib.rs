@@ -18,7 +18,7 @@ pub mod config;
 mod decoder;
 pub mod export;
 mod fingerprint;
-mod folder;
+pub mod folder;
 mod fresh;
 mod gemma2;
 mod gemma3;
@@ -32,7 +32,6 @@ mod rope;
 mod weight_list;
 
 pub use checkpoint::{Checkpoint, FileKind, open, open_for};
-pub use fingerprint::fingerprint;
 pub use folder::{FolderSource, read_config};
 pub use fresh::FreshHead;
 pub use heads::Task;

@@ -12,7 +12,7 @@ use retune_core::model::Model;
 /// The classes of Llama.
 pub(crate) const LLAMA: Classes = Classes {
     language: "LlamaForCausalLM",
-    classes: "LlamaForSequenceClassification",
+    classifier: "LlamaForSequenceClassification",
     bare: "LlamaModel",
     prefix: "model.",
 };
@@ -20,7 +20,7 @@ pub(crate) const LLAMA: Classes = Classes {
 /// The classes of Mistral.
 pub(crate) const MISTRAL: Classes = Classes {
     language: "MistralForCausalLM",
-    classes: "MistralForSequenceClassification",
+    classifier: "MistralForSequenceClassification",
     bare: "MistralModel",
     prefix: "model.",
 };

@@ -10,7 +10,7 @@ use retune_core::model::Model;
 /// The classes of Qwen 2.
 pub(crate) const QWEN2: Classes = Classes {
     language: "Qwen2ForCausalLM",
-    classes: "Qwen2ForSequenceClassification",
+    classifier: "Qwen2ForSequenceClassification",
     bare: "Qwen2Model",
     prefix: "model.",
 };

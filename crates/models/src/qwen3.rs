@@ -10,7 +10,7 @@ use retune_core::model::Model;
 /// The classes of Qwen 3.
 pub(crate) const QWEN3: Classes = Classes {
     language: "Qwen3ForCausalLM",
-    classes: "Qwen3ForSequenceClassification",
+    classifier: "Qwen3ForSequenceClassification",
     bare: "Qwen3Model",
     prefix: "model.",
 };

@@ -63,9 +63,8 @@ fn build(config: &Config, part: Option<&Config>, theta: f64, rotated: usize) -> 
         Some(kind) => kind,
         None => part.text("type")?.unwrap_or("default"),
     };
-    let factor = || {
-        part.positive("factor")?.ok_or_else(|| part.unknown("factor", "the scaling's factor"))
-    };
+    let factor =
+        || part.positive("factor")?.ok_or_else(|| part.unknown("factor", "the scaling's factor"));
     match kind {
         "default" => Ok(rope(plain, 1.0)),
         "linear" => {
@@ -115,7 +114,8 @@ fn build(config: &Config, part: Option<&Config>, theta: f64, rotated: usize) -> 
                 let keep = 1.0 - ((i as f64 - first) / span).clamp(0.0, 1.0);
                 f / factor * (1.0 - keep) + f * keep
             });
-            let usual = |weight: f64| if factor > 1.0 { 0.1 * weight * factor.ln() + 1.0 } else { 1.0 };
+            let usual =
+                |weight: f64| if factor > 1.0 { 0.1 * weight * factor.ln() + 1.0 } else { 1.0 };
             let weights = (part.positive("mscale")?, part.positive("mscale_all_dim")?);
             let attention = match (part.positive("attention_factor")?, weights) {
                 (Some(attention), _) => attention,
@@ -124,7 +124,10 @@ fn build(config: &Config, part: Option<&Config>, theta: f64, rotated: usize) -> 
             };
             Ok(rope(scaled.collect(), attention))
         }
-        _ => Err(part.unknown("rope_type", "default, linear, llama3 or yarn")),
+        _ => {
+            let key = if part.get("rope_type").is_some() { "rope_type" } else { "type" };
+            Err(part.unknown(key, "default, linear, llama3 or yarn"))
+        }
     }
 }
 
@@ -152,7 +155,8 @@ mod tests {
     #[test]
     fn both_spellings_give_the_same_frequencies() {
         let old = read_json(json!({"rope_theta": 100.0})).unwrap();
-        let new = read_json(json!({"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}));
+        let new =
+            read_json(json!({"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}));
         assert_eq!(old, new.unwrap());
         assert!((old.inverse_frequencies[1] - 0.1).abs() < 1e-15);
     }

@@ -7,14 +7,7 @@ use retune_core::spec::{Kind, Role, WeightSpec};
 pub(crate) struct WeightList(pub(crate) Vec<WeightSpec>);
 
 impl WeightList {
-    fn add(
-        &mut self,
-        name: String,
-        shape: &[usize],
-        kind: Kind,
-        role: Role,
-        layer: Option<usize>,
-    ) {
+    fn add(&mut self, name: String, shape: &[usize], kind: Kind, role: Role, layer: Option<usize>) {
         self.0.push(WeightSpec { name, shape: shape.to_vec(), kind, role, layer });
     }
 

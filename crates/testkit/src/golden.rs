@@ -123,7 +123,8 @@ impl Rows {
         let per_token = self.labels.as_ref().filter(|labels| labels.len() == self.ids.len());
         let document = |(row, length): (usize, usize)| {
             let span = row * self.length..row * self.length + length;
-            let unsigned = |values: &[i64]| values[span.clone()].iter().map(|v| *v as u32).collect();
+            let unsigned =
+                |values: &[i64]| values[span.clone()].iter().map(|v| *v as u32).collect();
             Document {
                 tokens: unsigned(&self.ids),
                 learn: match per_token {

@@ -3,4 +3,5 @@
 //! The helpers fail a test by panicking, with what was compared, where, and both values.
 
 pub mod golden;
+pub mod run;
 pub mod tiny;

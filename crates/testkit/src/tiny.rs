@@ -49,10 +49,7 @@ pub fn configs() -> Vec<(&'static str, Value)> {
                 "embd_pdrop": 0.0, "resid_pdrop": 0.0}),
         ),
         ("bert", encoder("BertModel", json!({}))),
-        (
-            "llama classes",
-            decoder("llama", "LlamaForSequenceClassification", labels.clone()),
-        ),
+        ("llama classes", decoder("llama", "LlamaForSequenceClassification", labels.clone())),
         ("bert classes", encoder("BertForSequenceClassification", labels)),
     ]
 }
@@ -86,7 +83,9 @@ impl MemorySource {
             };
             let mut values = vec![0.0; weight.count()];
             seed.stream(&weight.name, &[]).fill_normal(&mut values, deviation);
-            values.iter_mut().for_each(|value| *value += mean);
+            for value in &mut values {
+                *value += mean;
+            }
             let mut shape = weight.shape.clone();
             if weight.kind == (Kind::Linear { transposed: true }) {
                 shape.reverse();

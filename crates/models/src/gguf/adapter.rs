@@ -71,12 +71,18 @@ pub fn write_adapter(
             });
         }
         let [outputs, inputs] = weight.matrix();
-        if pair.rank == 0 || pair.a.len() != pair.rank * inputs || pair.b.len() != outputs * pair.rank
+        if pair.rank == 0
+            || pair.a.len() != pair.rank * inputs
+            || pair.b.len() != outputs * pair.rank
         {
             return Err(Error::Shape {
                 name: pair.weight.clone(),
                 expected: vec![outputs, inputs, pair.rank],
-                found: vec![pair.b.len() / pair.rank.max(1), pair.a.len() / pair.rank.max(1), pair.rank],
+                found: vec![
+                    pair.b.len() / pair.rank.max(1),
+                    pair.a.len() / pair.rank.max(1),
+                    pair.rank,
+                ],
                 help: "the adapter is for another model".to_owned(),
             });
         }
@@ -86,7 +92,9 @@ pub fn write_adapter(
         }
         let factor = (pair.scale * pair.rank as f64 / alpha) as f32;
         if factor != 1.0 {
-            b.iter_mut().for_each(|value| *value *= factor);
+            for value in &mut b {
+                *value *= factor;
+            }
         }
         let stored = stored_name(arch, weight)?;
         let (name_a, name_b) = (format!("{stored}.lora_a"), format!("{stored}.lora_b"));

@@ -77,13 +77,18 @@ pub fn read_config(file: &GgufFile) -> Result<Config> {
     put("intermediate_size", json!(keys.size("feed_forward_length")?));
     put("num_hidden_layers", json!(layers));
     put("num_attention_heads", json!(heads));
-    put("num_key_value_heads", json!(keys.optional_size("attention.head_count_kv")?.unwrap_or(heads)));
+    put(
+        "num_key_value_heads",
+        json!(keys.optional_size("attention.head_count_kv")?.unwrap_or(heads)),
+    );
     put("head_dim", json!(head_width));
     put("max_position_embeddings", json!(keys.size("context_length")?));
     put("rms_norm_eps", keys.number("attention.layer_norm_rms_epsilon")?);
     put("tie_word_embeddings", json!(file.get("output.weight").is_none()));
     put("initializer_range", json!(0.02));
-    for (key, stored) in [("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")] {
+    for (key, stored) in
+        [("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")]
+    {
         let stored = format!("tokenizer.ggml.{stored}_token_id");
         let id = metadata.optional(&stored, Metadata::i64)?.filter(|id| *id >= 0);
         put(key, json!(id));
@@ -224,15 +229,18 @@ fn llama3(
         "high_freq_factor": 4.0, "original_max_position_embeddings": original,
     });
     let config = |parameters: &Value| {
-        Config::new(file.path(), json!({"rope_parameters": parameters, "max_position_embeddings": context}))
+        Config::new(
+            file.path(),
+            json!({"rope_parameters": parameters, "max_position_embeddings": context}),
+        )
     };
     let scaled = crate::rope::read(&config(&parameters), head_width)?;
     let plain = crate::rope::read(&config(&json!({"rope_theta": theta})), head_width)?;
     let frequencies = plain.inverse_frequencies.iter().zip(scaled.inverse_frequencies.iter());
     let fits = table.len() == head_width / 2
-        && frequencies
-            .zip(table)
-            .all(|((plain, scaled), factor)| (plain / scaled / f64::from(*factor) - 1.0).abs() < 1e-3);
+        && frequencies.zip(table).all(|((plain, scaled), factor)| {
+            (plain / scaled / f64::from(*factor) - 1.0).abs() < 1e-3
+        });
     if fits {
         return Ok(parameters);
     }

@@ -72,7 +72,9 @@ pub fn write_model(
         }
         let offset = arch.offset(weight);
         if offset != 0.0 {
-            numbers.iter_mut().for_each(|value| *value += offset);
+            for value in &mut numbers {
+                *value += offset;
+            }
         }
         writer.write_f32(stored, &numbers)?;
     }
@@ -175,7 +177,8 @@ fn rope(
     let key = |name: &str| format!("{}.rope.{name}", arch.name);
     metadata.insert(key("freq_base"), theta as f32);
     if arch.name == "gemma3" {
-        let rope = crate::rope::read_for(config, "sliding_attention", "rope_local_base_freq", 1e4, 4)?;
+        let rope =
+            crate::rope::read_for(config, "sliding_attention", "rope_local_base_freq", 1e4, 4)?;
         // Of a head of width 4 the second frequency is the base to the power of -1/2.
         let local = rope.inverse_frequencies[1].powi(-2);
         metadata.insert(key("freq_base_swa"), local as f32);
@@ -199,7 +202,8 @@ fn rope(
         }
         _ => {
             let scaled = crate::rope::read(config, spec.head_width)?;
-            let bare = Value::Object([("rope_theta".to_owned(), theta.into())].into_iter().collect());
+            let bare =
+                Value::Object([("rope_theta".to_owned(), theta.into())].into_iter().collect());
             let plain = crate::rope::read(&Config::new(config.path(), bare), spec.head_width)?;
             let pairs = plain.inverse_frequencies.iter().zip(scaled.inverse_frequencies.iter());
             Ok(Some(pairs.map(|(plain, scaled)| (plain / scaled) as f32).collect()))
