@@ -16,6 +16,9 @@ use retune_core::weights::{Packing, Weights};
 use retune_testkit::tiny::MemorySource;
 use tensor::{Device, Tensor};
 
+/// Name, kind, role, shape and values of a weight.
+type Weight<'a> = (&'a str, Kind, Role, Vec<usize>, Vec<f32>);
+
 /// What a tiny model does with the rows it reads from its table.
 #[derive(Debug, Clone, PartialEq)]
 enum Body {
@@ -52,7 +55,7 @@ impl Tiny {
         body: Body,
         max_positions: usize,
         vocabulary: usize,
-        tensors: Vec<(&str, Kind, Role, Vec<usize>, Vec<f32>)>,
+        tensors: Vec<Weight<'_>>,
     ) -> Self {
         let head = match body {
             Body::Classes => {
