@@ -240,17 +240,14 @@ mod tests {
         let mut ids = Vec::new();
         let mut space = false;
         for letter in text.chars() {
-            match letter {
-                ' ' => {
-                    if space {
-                        ids.push(9);
-                    }
-                    space = true;
+            if letter == ' ' {
+                if space {
+                    ids.push(9);
                 }
-                _ => {
-                    ids.push(letter as u32 - 'a' as u32 + 1 + if space { 10 } else { 0 });
-                    space = false;
-                }
+                space = true;
+            } else {
+                ids.push(letter as u32 - 'a' as u32 + 1 + if space { 10 } else { 0 });
+                space = false;
             }
         }
         if space {

@@ -43,9 +43,12 @@ fn ranks(values: &[f64]) -> Vec<f64> {
     let mut ranks = vec![0.0; values.len()];
     let mut first = 0;
     for group in order.chunk_by(|a, b| values[*a] == values[*b]) {
-        let shared = first as f64 + (group.len() as f64 + 1.0) / 2.0;
-        group.iter().for_each(|place| ranks[*place] = shared);
-        first += group.len();
+        let last = first + group.len();
+        let shared = f64::midpoint(first as f64 + 1.0, last as f64);
+        for place in group {
+            ranks[*place] = shared;
+        }
+        first = last;
     }
     ranks
 }

@@ -2,7 +2,6 @@
 
 #![allow(dead_code, reason = "every test file uses its own part")]
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -13,26 +12,12 @@ use retune_core::model::{Model, Output, Tuned};
 use retune_core::parameters::Parameters;
 use retune_core::pass::{Pass, Rope};
 use retune_core::spec::{Head, Kind, ModelSpec, Role, WeightSpec};
-use retune_core::weights::{Packing, Stored, WeightSource, Weights};
+use retune_core::weights::{Packing, Weights};
+use retune_testkit::tiny::MemorySource;
 use tensor::{Device, Tensor};
 
-/// Tensors in memory.
-#[derive(Debug)]
-struct Memory(BTreeMap<String, (Vec<usize>, Vec<f32>)>);
-
-impl WeightSource for Memory {
-    fn names(&self) -> Vec<String> {
-        self.0.keys().cloned().collect()
-    }
-
-    fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        self.0.get(name).map(|(shape, _)| shape.clone())
-    }
-
-    fn read(&self, name: &str) -> Result<Stored> {
-        Ok(Stored::Values(self.0[name].1.clone()))
-    }
-}
+/// Name, kind, role, shape and values of a weight.
+type Weight<'a> = (&'a str, Kind, Role, Vec<usize>, Vec<f32>);
 
 /// What a tiny model does with the rows it reads from its table.
 #[derive(Debug, Clone, PartialEq)]
@@ -70,7 +55,7 @@ impl Tiny {
         body: Body,
         max_positions: usize,
         vocabulary: usize,
-        tensors: Vec<(&str, Kind, Role, Vec<usize>, Vec<f32>)>,
+        tensors: Vec<Weight<'_>>,
     ) -> Self {
         let head = match body {
             Body::Classes => {
@@ -106,11 +91,11 @@ impl Tiny {
             config: serde_json::Value::Null,
         });
         let device = Device::flex();
-        let source = tensors
-            .into_iter()
-            .map(|(name, _, _, shape, values)| (name.to_owned(), (shape, values)))
-            .collect();
-        let source = Arc::new(Memory(source));
+        let mut source = MemorySource::default();
+        for (name, _, _, shape, values) in tensors {
+            source.insert(name, &shape, values);
+        }
+        let source = Arc::new(source);
         let weights = Weights::new(source, Arc::clone(&spec), Packing::default(), &device).unwrap();
         let parameters = Parameters::new(&device);
         let changes = Changes::default();
