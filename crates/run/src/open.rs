@@ -106,7 +106,7 @@ impl Opened {
         }
         let fingerprint = match &located.found.identity.sha256 {
             Some(known) => known.clone(),
-            None => checkpoint.fingerprint()?,
+            None => checkpoint.fingerprint(),
         };
         let weights = Weights::new(
             Arc::clone(&checkpoint.source),
