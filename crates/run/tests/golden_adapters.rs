@@ -1,0 +1,140 @@
+//! Adapters written by the PEFT library: they load, give PEFT's logits and merge to PEFT's weights.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use retune_core::batch::{Batch, Document};
+use retune_core::model::{Output, Tuned};
+use retune_core::parameters::{Parameters, to_vec};
+use retune_core::random::Seed;
+use retune_core::weights::{Packing, Weights};
+use retune_files::safetensors::SafetensorsFile;
+use retune_methods::adapter::Adapter;
+use retune_run::export::merged;
+use tensor::Device;
+
+fn pack() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../testkit/golden/peft")
+}
+
+fn check(case: &str) {
+    let checkpoint = retune_models::open(&pack().join("base")).unwrap();
+    let weights = Weights::new(
+        Arc::clone(&checkpoint.source),
+        Arc::clone(checkpoint.model.spec()),
+        Packing::default(),
+        &Device::flex(),
+    )
+    .unwrap();
+    let folder = pack().join(case);
+    let adapter = Adapter::read(&folder).unwrap();
+    let method = adapter.method().unwrap();
+    let mut parameters = Parameters::new(&Device::flex());
+    let changes = method.attach(&weights, &mut parameters, Seed(0)).unwrap();
+    adapter.fill(&folder, &mut parameters).unwrap();
+    let tuned = Tuned {
+        model: &*checkpoint.model,
+        weights: &weights,
+        changes: &changes,
+        parameters: &parameters,
+    };
+
+    let want = SafetensorsFile::open(folder.join("expected.safetensors")).unwrap();
+    let ids = want.tensor("input_ids").unwrap();
+    let width = ids.shape[1];
+    let documents: Vec<Document> = ids
+        .to_i64()
+        .unwrap()
+        .chunks(width)
+        .map(|row| Document {
+            tokens: row.iter().map(|id| *id as u32).collect(),
+            learn: vec![false; width],
+            ..Document::default()
+        })
+        .collect();
+    let batch = Batch::new(&documents).unwrap();
+    let found = tuned
+        .evaluate(&batch, None, |pass, output| {
+            let Output::States(states) = output else { panic!("a language model") };
+            let rows: Vec<usize> = (0..batch.num_tokens()).collect();
+            Ok(to_vec(pass.logits(&states, &rows)?.inner()))
+        })
+        .unwrap();
+    let expected = want.tensor("logits").unwrap().to_f32().unwrap();
+    compare(&format!("{case} logits"), &found, &expected, 1e-5);
+
+    let mut num_merged = 0;
+    for view in want.tensors().filter(|view| view.name.starts_with("merged.")) {
+        let name = view.name.strip_prefix("merged.").unwrap();
+        let spec = checkpoint.model.spec();
+        let found = merged(&tuned, spec.weight(name).unwrap()).unwrap();
+        compare(&format!("{case} {name}"), &found, &view.to_f32().unwrap(), 1e-6);
+        num_merged += 1;
+    }
+    assert!(num_merged > 0, "{case}: nothing was merged");
+
+    // What was loaded is written again with the same keys, shapes and values.
+    let collected = Adapter::collect(&*method, checkpoint.model.spec(), &parameters, None).unwrap();
+    assert_eq!(collected.config, adapter.config);
+    for (name, tensor) in &collected.tensors {
+        assert_eq!(Some(tensor), adapter.tensors.get(name), "{case} {name}");
+    }
+}
+
+fn compare(what: &str, found: &[f32], expected: &[f32], tolerance: f32) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (index, (f, e)) in found.iter().zip(expected).enumerate() {
+        assert!((f - e).abs() <= tolerance, "{what}[{index}]: {f}, expected {e}");
+    }
+}
+
+#[test]
+fn lora() {
+    check("lora");
+}
+
+#[test]
+fn dora() {
+    check("lora_dora");
+}
+
+#[test]
+fn rslora() {
+    check("lora_rslora");
+}
+
+#[test]
+fn rank_and_alpha_patterns() {
+    check("lora_pattern");
+}
+
+#[test]
+fn embedding() {
+    check("lora_emb");
+}
+
+#[test]
+fn head_saved_whole() {
+    check("lora_lmhead_mts");
+}
+
+#[test]
+fn a_missing_tensor_is_named() {
+    let checkpoint = retune_models::open(&pack().join("base")).unwrap();
+    let weights = Weights::new(
+        Arc::clone(&checkpoint.source),
+        Arc::clone(checkpoint.model.spec()),
+        Packing::default(),
+        &Device::flex(),
+    )
+    .unwrap();
+    let folder = pack().join("lora");
+    let mut adapter = Adapter::read(&folder).unwrap();
+    let lost = adapter.tensors.keys().next().unwrap().clone();
+    let moved = adapter.tensors.remove(&lost).unwrap();
+    adapter.tensors.insert(lost.replace("layers.0", "layers.9"), moved);
+    let mut parameters = Parameters::new(&Device::flex());
+    adapter.method().unwrap().attach(&weights, &mut parameters, Seed(0)).unwrap();
+    let error = adapter.fill(&folder, &mut parameters).unwrap_err().to_string();
+    assert!(error.contains(&lost) && error.contains("belongs to nothing"), "{error}");
+}
