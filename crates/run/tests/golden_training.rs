@@ -42,12 +42,10 @@ struct Case {
 impl Case {
     fn open(name: &str) -> Self {
         let folder = pack().join(name);
-        let config = retune_models::folder::read_config(&folder.join("base")).unwrap();
-        let model = retune_models::build(&config).unwrap();
-        let source =
-            retune_models::folder::FolderSource::open(&folder.join("base"), model.spec()).unwrap();
+        let checkpoint = retune_models::open(&folder.join("base")).unwrap();
+        let model = checkpoint.model;
         let weights = Weights::new(
-            Arc::new(source),
+            checkpoint.source,
             Arc::clone(model.spec()),
             Packing::default(),
             &Device::flex(),
@@ -301,4 +299,10 @@ cases! {
     llama_full: "llama" / "full";
     llama_lora: "llama" / "lora";
     llama_dora: "llama" / "dora";
+    qwen2_full: "qwen2" / "full";
+    qwen2_lora: "qwen2" / "lora";
+    gemma3_full: "gemma3" / "full";
+    gemma3_lora: "gemma3" / "lora";
+    bert_full: "bert" / "full";
+    bert_lora: "bert" / "lora";
 }
