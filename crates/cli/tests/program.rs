@@ -1,0 +1,157 @@
+//! The program as a person meets it: exit codes, messages, a run on the model inside the program.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn retune(folder: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_retune"))
+        .args(arguments)
+        .current_dir(folder)
+        .env("RETUNE_CACHE", folder.join("cache"))
+        .env("HF_HUB_OFFLINE", "1")
+        .env("NO_COLOR", "1")
+        .output()
+        .unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Writes rows and a recipe for the built-in model.
+fn recipe(folder: &Path, extra: &str) {
+    let mut rows = String::new();
+    for i in 0..24 {
+        let (word, kind) = [("whale", "animal"), ("harpoon", "object")][i % 2];
+        rows.push_str(&format!(
+            "{{\"messages\": [{{\"role\": \"user\", \"content\": \"{word} number {i}\"}}, \
+             {{\"role\": \"assistant\", \"content\": \"{kind}\"}}]}}\n"
+        ));
+    }
+    std::fs::write(folder.join("rows.jsonl"), rows).unwrap();
+    let text = format!(
+        "model = \"builtin:tiny\"\n[data]\ntrain = \"rows.jsonl\"\nvalidation_fraction = 0.25\n\
+         [method.lora]\nrank = 4\n[train]\nsteps = 6\nbatch_size = 2\nsave_every = 2\n\
+         learning_rate = 1e-3\n{extra}\n[evaluate]\nkind = \"choice\"\nmax_new_tokens = 4\n"
+    );
+    std::fs::write(folder.join("small.toml"), text).unwrap();
+}
+
+#[test]
+fn a_run_leaves_everything_it_promises() {
+    let folder = tempfile::tempdir().unwrap();
+    recipe(folder.path(), "");
+    let out = retune(folder.path(), &["run", "small.toml"]);
+    assert!(out.status.success(), "{}{}", text(&out.stdout), text(&out.stderr));
+    let shown = text(&out.stdout);
+    assert!(shown.contains("accuracy") && shown.contains("run folder"), "{shown}");
+    let run = folder.path().join("runs/small-1");
+    for file in [
+        "recipe.toml",
+        "plan.toml",
+        "plan.json",
+        "events.jsonl",
+        "report.md",
+        "report.json",
+        "plots/loss.svg",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/README.md",
+        "checkpoints/step-00000006/state.json",
+    ] {
+        assert!(run.join(file).is_file(), "{file} is missing");
+    }
+    assert_eq!(std::fs::read_dir(run.join("tensorboard")).unwrap().count(), 1);
+
+    // The adapter is used, merged and exported by the program itself.
+    let adapter = run.join("adapter").display().to_string();
+    let model = ["--model", "builtin:tiny", "--adapter", adapter.as_str()];
+    let out = retune(
+        folder.path(),
+        &[&["generate"], &model[..], &["--prompt", "whale", "--max-new-tokens", "4"]].concat(),
+    );
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let out =
+        retune(folder.path(), &[&["merge-adapter"], &model[..], &["--output", "merged"]].concat());
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    assert!(folder.path().join("merged/model.safetensors").is_file());
+    let out = retune(
+        folder.path(),
+        &[&["export"], &model[..], &["--format", "gguf-q8_0", "--output", "out.gguf"]].concat(),
+    );
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let out = retune(
+        folder.path(),
+        &["generate", "--model", "out.gguf", "--prompt", "whale", "--max-new-tokens", "4"],
+    );
+    assert!(out.status.success(), "{}", text(&out.stderr));
+
+    // The adapter is refused on another base, unless forced.
+    let out = retune(
+        folder.path(),
+        &["generate", "--model", "merged", "--adapter", &adapter, "--prompt", "whale"],
+    );
+    assert_eq!(out.status.code(), Some(1));
+    assert!(text(&out.stderr).contains("another base"), "{}", text(&out.stderr));
+}
+
+#[test]
+fn a_recipe_with_mistakes_shows_them_all_and_exits_with_2() {
+    let folder = tempfile::tempdir().unwrap();
+    recipe(folder.path(), "stepz = 3\nbatch_size = \"two\"");
+    let out = retune(folder.path(), &["run", "small.toml"]);
+    assert_eq!(out.status.code(), Some(2));
+    let shown = text(&out.stderr);
+    assert!(shown.contains("stepz") || shown.contains("batch_size"), "{shown}");
+
+    recipe(folder.path(), "stepz = 3\nbeta1 = 7.0");
+    let out = retune(folder.path(), &["run", "small.toml"]);
+    let shown = text(&out.stderr);
+    assert!(shown.contains("stepz") && shown.contains("steps"), "{shown}");
+    assert!(shown.contains("beta1"), "{shown}");
+    assert!(!folder.path().join("runs").exists(), "nothing was begun");
+}
+
+#[test]
+fn wrong_use_is_2_and_a_missing_model_says_what_was_tried() {
+    let folder = tempfile::tempdir().unwrap();
+    assert_eq!(retune(folder.path(), &["runn"]).status.code(), Some(2));
+    assert_eq!(retune(folder.path(), &["methods", "lorra"]).status.code(), Some(2));
+    let out = retune(folder.path(), &["generate", "--model", "no/such/folder", "--prompt", "x"]);
+    assert_eq!(out.status.code(), Some(1));
+    let shown = text(&out.stderr);
+    assert!(shown.contains("no/such/folder"), "{shown}");
+}
+
+#[test]
+fn help_completions_man_page_and_a_new_recipe() {
+    let folder = tempfile::tempdir().unwrap();
+    for arguments in [&["--help"][..], &["completions", "bash"], &["man"], &["methods"], &["models"]] {
+        let out = retune(folder.path(), arguments);
+        assert!(out.status.success() && !out.stdout.is_empty(), "{arguments:?}");
+    }
+    let out = retune(folder.path(), &["new", "mine.toml"]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    assert_eq!(retune(folder.path(), &["new", "mine.toml"]).status.code(), Some(2), "kept");
+}
+
+#[test]
+fn a_kill_loses_at_most_the_steps_since_the_last_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    recipe(folder.path(), "");
+    let whole = retune(folder.path(), &["run", "small.toml"]);
+    assert!(whole.status.success());
+    let run = folder.path().join("runs/small-1");
+    let adapter = |run: &Path| std::fs::read(run.join("adapter/adapter_model.safetensors")).unwrap();
+    let expected = adapter(&run);
+    // As a kill after step 5 leaves it: checkpoints of steps 2 and 4, no result.
+    std::fs::remove_dir_all(run.join("checkpoints/step-00000006")).unwrap();
+    std::fs::remove_dir_all(run.join("adapter")).unwrap();
+    for file in ["report.md", "report.json"] {
+        std::fs::remove_file(run.join(file)).unwrap();
+    }
+    let out = retune(folder.path(), &["resume", "runs/small-1"]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    assert_eq!(adapter(&run), expected);
+    assert!(run.join("report.md").is_file());
+}
