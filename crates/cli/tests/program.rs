@@ -1,4 +1,5 @@
 //! The program as a person meets it: exit codes, messages, a run on the model inside the program.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -23,10 +24,10 @@ fn recipe(folder: &Path, extra: &str) {
     let mut rows = String::new();
     for i in 0..24 {
         let (word, kind) = [("whale", "animal"), ("harpoon", "object")][i % 2];
-        rows.push_str(&format!(
+        rows += &format!(
             "{{\"messages\": [{{\"role\": \"user\", \"content\": \"{word} number {i}\"}}, \
              {{\"role\": \"assistant\", \"content\": \"{kind}\"}}]}}\n"
-        ));
+        );
     }
     std::fs::write(folder.join("rows.jsonl"), rows).unwrap();
     let text = format!(
@@ -126,7 +127,9 @@ fn wrong_use_is_2_and_a_missing_model_says_what_was_tried() {
 #[test]
 fn help_completions_man_page_and_a_new_recipe() {
     let folder = tempfile::tempdir().unwrap();
-    for arguments in [&["--help"][..], &["completions", "bash"], &["man"], &["methods"], &["models"]] {
+    for arguments in
+        [&["--help"][..], &["completions", "bash"], &["man"], &["methods"], &["models"]]
+    {
         let out = retune(folder.path(), arguments);
         assert!(out.status.success() && !out.stdout.is_empty(), "{arguments:?}");
     }
@@ -142,7 +145,8 @@ fn a_kill_loses_at_most_the_steps_since_the_last_checkpoint() {
     let whole = retune(folder.path(), &["run", "small.toml"]);
     assert!(whole.status.success());
     let run = folder.path().join("runs/small-1");
-    let adapter = |run: &Path| std::fs::read(run.join("adapter/adapter_model.safetensors")).unwrap();
+    let adapter =
+        |run: &Path| std::fs::read(run.join("adapter/adapter_model.safetensors")).unwrap();
     let expected = adapter(&run);
     // As a kill after step 5 leaves it: checkpoints of steps 2 and 4, no result.
     std::fs::remove_dir_all(run.join("checkpoints/step-00000006")).unwrap();

@@ -205,7 +205,12 @@ impl Changes {
     ///
     /// # Errors
     /// If the base weight cannot be read.
-    pub fn materialize(&self, name: &str, weights: &Weights, scope: &Scope<'_>) -> Result<Tensor<2>> {
+    pub fn materialize(
+        &self,
+        name: &str,
+        weights: &Weights,
+        scope: &Scope<'_>,
+    ) -> Result<Tensor<2>> {
         let changes = self.of_weight(name);
         // A change that replaces the base makes everything before it irrelevant.
         let first = changes.iter().rposition(|change| change.replaces_base()).unwrap_or(0);

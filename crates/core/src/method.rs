@@ -95,7 +95,8 @@ pub trait Method: Debug + Send {
     ///
     /// # Errors
     /// Those of [`Method::plan`], and of reading weights an initialisation looks at.
-    fn attach(&self, weights: &Weights, parameters: &mut Parameters, seed: Seed) -> Result<Changes>;
+    fn attach(&self, weights: &Weights, parameters: &mut Parameters, seed: Seed)
+    -> Result<Changes>;
 
     /// Acts between two optimiser steps: unmask, regrow, rotate halves, prune.
     ///

@@ -58,7 +58,12 @@ impl Parameters {
     ///
     /// # Panics
     /// If `values` do not fill `shape`, or the name is taken: both are mistakes of a method.
-    pub fn add(&mut self, name: impl Into<String>, shape: &[usize], values: Vec<f32>) -> ParameterId {
+    pub fn add(
+        &mut self,
+        name: impl Into<String>,
+        shape: &[usize],
+        values: Vec<f32>,
+    ) -> ParameterId {
         self.push(name.into(), shape, values, true)
     }
 
@@ -75,7 +80,13 @@ impl Parameters {
         self.push(name.into(), shape, values, false)
     }
 
-    fn push(&mut self, name: String, shape: &[usize], values: Vec<f32>, trains: bool) -> ParameterId {
+    fn push(
+        &mut self,
+        name: String,
+        shape: &[usize],
+        values: Vec<f32>,
+        trains: bool,
+    ) -> ParameterId {
         assert_eq!(values.len(), shape.iter().product::<usize>(), "values of parameter {name}");
         assert!(self.find(&name).is_none(), "parameter {name} exists already");
         let value = self.leaf(values, trains);
@@ -219,7 +230,9 @@ mod tests {
         let a = parameters.find("a").unwrap();
         parameters.update(a, |values| values[0] = 9.0);
         assert_eq!(parameters.values(a), [9.0, 2.0, 3.0, 4.0]);
-        assert!(parameters.tracked(a, [4]).is_require_grad() || parameters.tracked(a, [4]).is_tracked());
+        assert!(
+            parameters.tracked(a, [4]).is_require_grad() || parameters.tracked(a, [4]).is_tracked()
+        );
         assert_eq!(parameters.num_trainable(), 4);
         assert!(parameters.set(a, vec![0.0]).is_err());
     }

@@ -4,16 +4,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::batch::Batch;
-use crate::change::{Changes, Mode, Scope, SiteView, WeightChange};
+use crate::change::{Changes, Mode, Scope, SiteView};
 use crate::error::{Error, Result};
 use crate::parameters::{Parameters, to_vec};
 use crate::site::{Site, Sublayer};
 use crate::spec::Head;
 use crate::weights::Weights;
 use retune_kernels::matrix::PackedMatrix;
-use retune_kernels::{
-    self as kernels, AttentionOptions, HeadOptions, Rotation, Spans, Table,
-};
+use retune_kernels::{self as kernels, AttentionOptions, HeadOptions, Rotation, Spans, Table};
 use tensor::{Tensor, TensorData};
 
 /// Rotary position embedding of one kind of layer.
@@ -158,7 +156,7 @@ impl<'a> Pass<'a> {
         let name = format!("{module}.weight");
         let bias = self.bias(module)?;
         let changes = self.changes.of_weight(&name);
-        if let [] = changes {
+        if changes.is_empty() {
             return Ok(kernels::linear_frozen(x, &self.weights.matrix(&name)?, bias));
         }
         if let [change] = changes
@@ -321,8 +319,8 @@ impl<'a> Pass<'a> {
     /// Returns the weight of a language head: packed, or with its changes.
     fn head_weight(&mut self, name: &str) -> Result<Table> {
         let tied = self.weights.describe(name)?.role == crate::spec::Role::Embedding;
-        let holds = |change: &Box<dyn WeightChange>| !tied || change.follows_tie();
-        if self.changes.of_weight(name).iter().any(holds) {
+        let changes = self.changes.of_weight(name);
+        if changes.iter().any(|change| !tied || change.follows_tie()) {
             return Ok(Table::Trainable(self.changes.materialize(
                 name,
                 self.weights,

@@ -25,7 +25,8 @@ impl Seed {
         let mut hash = [0xcbf2_9ce4_8422_2325_u64, 0x8422_2325_cbf2_9ce4];
         let mut take = |byte: u8| {
             hash[0] = (hash[0] ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
-            hash[1] = (hash[1].rotate_left(29) ^ u64::from(byte)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            hash[1] =
+                (hash[1].rotate_left(29) ^ u64::from(byte)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         };
         purpose.bytes().for_each(&mut take);
         take(0xff);
@@ -79,12 +80,16 @@ impl Random {
 
     /// Fills `out` with draws from `U(-bound, bound)`.
     pub fn fill_uniform(&mut self, out: &mut [f32], bound: f64) {
-        out.iter_mut().for_each(|x| *x = ((self.uniform() * 2.0 - 1.0) * bound) as f32);
+        for x in out {
+            *x = ((self.uniform() * 2.0 - 1.0) * bound) as f32;
+        }
     }
 
     /// Fills `out` with draws from `N(0, deviation²)`.
     pub fn fill_normal(&mut self, out: &mut [f32], deviation: f64) {
-        out.iter_mut().for_each(|x| *x = (self.normal() * deviation) as f32);
+        for x in out {
+            *x = (self.normal() * deviation) as f32;
+        }
     }
 
     /// Puts `items` into a random order (Fisher and Yates).

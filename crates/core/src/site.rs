@@ -155,7 +155,8 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused() {
-        for text in ["", "layers", "layers.x.input", "layers.1.mlp.output", "layers.1.attention.q"] {
+        for text in ["", "layers", "layers.x.input", "layers.1.mlp.output", "layers.1.attention.q"]
+        {
             assert!(text.parse::<Site>().is_err(), "{text}");
         }
     }

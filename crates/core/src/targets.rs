@@ -59,7 +59,8 @@ fn compile(pattern: &str, setting: &str) -> Result<Regex> {
     Regex::new(&format!("^(?:{pattern})$")).map_err(|error| Error::Setting {
         setting: setting.to_owned(),
         what: "not a regular expression".to_owned(),
-        expected: "a suffix such as `q_proj`, or a regular expression over the module's path".to_owned(),
+        expected: "a suffix such as `q_proj`, or a regular expression over the module's path"
+            .to_owned(),
         found: format!("`{pattern}`: {error}"),
         help: "escape dots as `\\.`".to_owned(),
     })

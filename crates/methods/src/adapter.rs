@@ -7,8 +7,8 @@ use retune_core::method::Method;
 use retune_core::parameters::Parameters;
 use retune_core::spec::{Head, ModelSpec};
 use retune_core::{Error, Result};
-use retune_files::atomic::AtomicFolder;
 use retune_files::Dtype;
+use retune_files::atomic::AtomicFolder;
 use retune_files::safetensors::{SafetensorsFile, SafetensorsWriter, TensorSpec};
 use serde_json::{Map, Value, json};
 
@@ -65,6 +65,9 @@ const IDENTITY: &str = "retune_base";
 
 impl Adapter {
     /// Collects what a method trained.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if the method's result is a whole model, not an adapter.
     pub fn collect(
         method: &dyn Method,
         spec: &ModelSpec,
@@ -164,10 +167,8 @@ impl Adapter {
     /// [`Error::Content`] that lists every tensor that is missing, surplus or misshapen.
     pub fn fill(&self, folder: &Path, parameters: &mut Parameters) -> Result<()> {
         let mut wrong = Vec::new();
-        let known: Vec<_> = parameters
-            .iter()
-            .map(|(id, p)| (id, p.name.clone(), p.shape.clone()))
-            .collect();
+        let known: Vec<_> =
+            parameters.iter().map(|(id, p)| (id, p.name.clone(), p.shape.clone())).collect();
         for (id, name, shape) in &known {
             match self.tensors.get(name) {
                 None => wrong.push(format!("`{name}` is missing")),
@@ -190,7 +191,7 @@ impl Adapter {
         let shown = wrong.len().min(8);
         let mut found = wrong[..shown].join("\n    ");
         if wrong.len() > shown {
-            found.push_str(&format!("\n    and {} more", wrong.len() - shown));
+            found = format!("{found}\n    and {} more", wrong.len() - shown);
         }
         Err(Error::Content {
             path: folder.to_path_buf(),

@@ -49,8 +49,7 @@ pub const PLUGIN: Plugin = Plugin {
 
 impl Full {
     fn chosen<'a>(&self, spec: &'a ModelSpec) -> Result<Vec<&'a WeightSpec>> {
-        let targets =
-            Targets { names: self.options.targets.clone(), ..Targets::default() };
+        let targets = Targets { names: self.options.targets.clone(), ..Targets::default() };
         let wanted: Vec<String> = if self.options.targets.is_empty() {
             spec.weights.iter().map(|weight| weight.module().to_owned()).collect()
         } else {
@@ -107,7 +106,12 @@ impl Method for Full {
         Ok(MethodPlan { parameters, notes: Vec::new() })
     }
 
-    fn attach(&self, weights: &Weights, parameters: &mut Parameters, _seed: Seed) -> Result<Changes> {
+    fn attach(
+        &self,
+        weights: &Weights,
+        parameters: &mut Parameters,
+        _seed: Seed,
+    ) -> Result<Changes> {
         let spec = weights.spec().clone();
         let mut changes = Changes::default();
         for weight in self.chosen(&spec)? {

@@ -124,7 +124,8 @@ impl Lora {
             if !off(key) {
                 return Err(Error::Unsupported {
                     what: format!("a LoRA adapter with `{key}`"),
-                    help: "merge it with the tool that made it, and use the merged model".to_owned(),
+                    help: "merge it with the tool that made it, and use the merged model"
+                        .to_owned(),
                 });
             }
         }
@@ -229,7 +230,10 @@ impl Lora {
                 return Err(Error::Setting {
                     setting: "method.lora.rank".to_owned(),
                     what: format!("the rank is above the full rank of {}", weight.module()),
-                    expected: format!("at most {} for a {rows} x {columns} weight", rows.min(columns)),
+                    expected: format!(
+                        "at most {} for a {rows} x {columns} weight",
+                        rows.min(columns)
+                    ),
                     found: rank.to_string(),
                     help: "lower `rank`, or give this module its own in `rank_pattern`".to_owned(),
                 });
@@ -250,7 +254,11 @@ impl Lora {
     }
 
     /// Returns the weights that train whole: biases and `modules_to_save`.
-    fn whole<'a>(&self, spec: &'a ModelSpec, pairs: &[Pair<'a>]) -> Result<Vec<(String, &'a WeightSpec)>> {
+    fn whole<'a>(
+        &self,
+        spec: &'a ModelSpec,
+        pairs: &[Pair<'a>],
+    ) -> Result<Vec<(String, &'a WeightSpec)>> {
         let mut whole = Vec::new();
         let targeted = |module: &str| pairs.iter().any(|pair| pair.weight.module() == module);
         for weight in spec.weights.iter().filter(|weight| weight.kind == Kind::Bias) {
@@ -347,7 +355,12 @@ impl Method for Lora {
         Ok(MethodPlan { parameters, notes: Vec::new() })
     }
 
-    fn attach(&self, weights: &Weights, parameters: &mut Parameters, seed: Seed) -> Result<Changes> {
+    fn attach(
+        &self,
+        weights: &Weights,
+        parameters: &mut Parameters,
+        seed: Seed,
+    ) -> Result<Changes> {
         let spec = Arc::clone(weights.spec());
         let mut changes = Changes::default();
         let pairs = self.pairs(&spec)?;
@@ -363,7 +376,8 @@ impl Method for Lora {
             if pair.weight.kind == Kind::Embedding {
                 let a = add(0, &mut |_| {});
                 let b = add(1, &mut |values| random.fill_normal(values, 1.0));
-                let change = LowRankEmbedding { a, b, rank: pair.rank, rows, columns, scale: pair.scale };
+                let change =
+                    LowRankEmbedding { a, b, rank: pair.rank, rows, columns, scale: pair.scale };
                 changes.change_weight(&pair.weight.name, change);
                 continue;
             }
@@ -411,7 +425,9 @@ impl Method for Lora {
         let o = &self.options;
         let list = |items: &[String]| if items.is_empty() { Value::Null } else { json!(items) };
         let targets = match o.targets.as_slice() {
-            [one] if one == "all-linear" || one.contains(['*', '(', '[', '\\', '|', '^', '$']) => json!(one),
+            [one] if one == "all-linear" || one.contains(['*', '(', '[', '\\', '|', '^', '$']) => {
+                json!(one)
+            }
             many => json!(many),
         };
         let transposed = self
@@ -436,7 +452,11 @@ impl Method for Lora {
             ("rank_pattern".to_owned(), json!(o.rank_pattern)),
             (
                 "alpha_pattern".to_owned(),
-                o.alpha_pattern.iter().map(|(k, v)| (k.clone(), number(*v))).collect::<serde_json::Map<_, _>>().into(),
+                o.alpha_pattern
+                    .iter()
+                    .map(|(k, v)| (k.clone(), number(*v)))
+                    .collect::<serde_json::Map<_, _>>()
+                    .into(),
             ),
             ("modules_to_save".to_owned(), list(&o.modules_to_save)),
             ("fan_in_fan_out".to_owned(), json!(transposed)),
@@ -461,9 +481,7 @@ fn squared_row_lengths(base: &PackedMatrix) -> Vec<f32> {
 }
 
 fn row_lengths(values: &[f32], columns: usize) -> Vec<f32> {
-    let length = |row: &[f32]| {
-        row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt() as f32
-    };
+    let length = |row: &[f32]| row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt() as f32;
     values.chunks_exact(columns).map(length).collect()
 }
 

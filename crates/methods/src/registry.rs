@@ -9,6 +9,9 @@ use serde_json::Value;
 use crate::full;
 use crate::lora;
 
+/// Makes a method from an `adapter_config.json`.
+pub type FromAdapter = fn(&Value) -> Result<Box<dyn Method>>;
+
 /// One method: what it is, how a recipe and an adapter file make it.
 #[derive(Debug, Clone, Copy)]
 pub struct Plugin {
@@ -17,7 +20,7 @@ pub struct Plugin {
     /// Reads the method's table of a recipe.
     pub read: fn(&mut Reader<'_>) -> Box<dyn Method>,
     /// PEFT's name of the adapter type, and how its configuration is read.
-    pub adapter: Option<(&'static str, fn(&Value) -> Result<Box<dyn Method>>)>,
+    pub adapter: Option<(&'static str, FromAdapter)>,
 }
 
 /// All methods.
@@ -40,7 +43,8 @@ pub fn names() -> impl Iterator<Item = &'static str> {
 pub fn from_adapter(config: &Value) -> Result<Box<dyn Method>> {
     let wanted = config.get("peft_type").and_then(Value::as_str).unwrap_or_default();
     let known = || METHODS.iter().filter_map(|plugin| plugin.adapter.map(|(name, _)| name));
-    let found = METHODS.iter().find_map(|plugin| plugin.adapter.filter(|(name, _)| *name == wanted));
+    let found =
+        METHODS.iter().find_map(|plugin| plugin.adapter.filter(|(name, _)| *name == wanted));
     match found {
         Some((_, make)) => make(config),
         None => Err(Error::Unsupported {

@@ -48,7 +48,11 @@ fn card(prepared: &Prepared, library: &str) -> String {
     line("|---|---|");
     line(&format!("| base | `{}` (`{}`) |", plan.model.name, plan.model.fingerprint));
     line(&format!("| trained values | {} of {} |", plan.num_trainable, plan.model.num_parameters));
-    line(&format!("| data | `{}`, {} rows |", prepared.recipe.data.train.display(), plan.data.num_train));
+    line(&format!(
+        "| data | `{}`, {} rows |",
+        prepared.recipe.data.train.display(),
+        plan.data.num_train
+    ));
     line(&format!("| steps | {} |", plan.num_steps));
     line(&format!("| highest learning rate | {:e} |", plan.learning_rate));
     line(&format!("| seed | {} |", prepared.recipe.seed));

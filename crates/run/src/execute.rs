@@ -147,12 +147,8 @@ fn walk(
     let method = recipe.method.boxed_clone();
     let optimizer = recipe.train.optimizer();
 
-    let before = match (recipe.evaluate.before, resumed) {
-        (false, _) => None,
-        (true, true) => read_measurement(&folder)?,
-        (true, false) => None,
-    };
-    let before = match before {
+    let known = if resumed { read_measurement(&folder)? } else { None };
+    let before = match known {
         Some(before) => Some(before),
         None if recipe.evaluate.before => {
             let measured = measure_base(&prepared, observer)?;
@@ -263,8 +259,7 @@ fn save_result(
         fingerprint: prepared.plan.model.fingerprint.clone(),
     };
     let (path, what) = if training.method().adapter_config(spec).is_some() {
-        let adapter =
-            Adapter::collect(training.method(), spec, &training.parameters, Some(&base))?;
+        let adapter = Adapter::collect(training.method(), spec, &training.parameters, Some(&base))?;
         let path = folder.file("adapter");
         adapter.write(&path, &crate::card::adapter_card(prepared))?;
         (path, "the adapter, in PEFT's layout")
@@ -323,9 +318,7 @@ fn make_report(
         .map(|((place, answer), question)| Example {
             prompt: question.shown,
             reference: Some(question.reference),
-            before: before
-                .and_then(|b| b.answers.get(place).cloned())
-                .unwrap_or_default(),
+            before: before.and_then(|b| b.answers.get(place).cloned()).unwrap_or_default(),
             after: answer.clone(),
         })
         .collect();
@@ -398,8 +391,7 @@ fn finish(folder: &RunFolder, report: &mut RunReport, environment: &Environment<
     let validation = curve("evaluated", &|e| e.get("metrics")?.get("loss")?.as_f64());
     let rate = curve("step_done", &|e| number(e, "learning_rate"));
     let norm = curve("step_done", &|e| number(e, "gradient_norm"));
-    report.cost.num_tokens =
-        steps("step_done").filter_map(|e| e.get("num_tokens")?.as_u64()).sum();
+    report.cost.num_tokens = steps("step_done").filter_map(|e| e.get("num_tokens")?.as_u64()).sum();
 
     let series = |name: &str, points: &[(f64, f64)], smooth: bool| Series {
         name: name.to_owned(),
@@ -430,18 +422,21 @@ fn finish(folder: &RunFolder, report: &mut RunReport, environment: &Environment<
 
     let now = (environment.clock)();
     let path = folder.file("tensorboard").join(file_name(now as u64, "retune", 0, 0));
-    write_tensorboard(&path, now, &[
-        ("train/loss", &train),
-        ("train/learning_rate", &rate),
-        ("train/gradient_norm", &norm),
-        ("validation/loss", &validation),
-    ])
+    write_tensorboard(
+        &path,
+        now,
+        &[
+            ("train/loss", &train),
+            ("train/learning_rate", &rate),
+            ("train/gradient_norm", &norm),
+            ("validation/loss", &validation),
+        ],
+    )
     .map_err(|error| Error::io(&path, "write", error))?;
 
     report.infer_limits();
-    let json = report
-        .to_json()
-        .unwrap_or_else(|error| unreachable!("a report is always JSON: {error}"));
+    let json =
+        report.to_json().unwrap_or_else(|error| unreachable!("a report is always JSON: {error}"));
     folder.write("report.json", &json)?;
     folder.write("report.md", &report.to_markdown())
 }

@@ -57,6 +57,9 @@ pub struct Measure<'a> {
 }
 
 /// Returns the distinct answers of training rows, if they are few enough to choose from.
+///
+/// # Errors
+/// If a row cannot be read again.
 pub fn answers_seen(train: &Subset) -> Result<Vec<String>> {
     let mut seen = std::collections::BTreeSet::new();
     for row in &train.rows {
@@ -140,7 +143,8 @@ impl Measure<'_> {
     /// # Errors
     /// Those of the data and the model.
     pub fn run(&self, tuned: &Tuned<'_>) -> Result<Measurement> {
-        let mut out = Measurement { num_rows: self.rows.len().min(self.options.rows), ..Default::default() };
+        let mut out =
+            Measurement { num_rows: self.rows.len().min(self.options.rows), ..Default::default() };
         let batches = self.rows.batches(self.options.rows, 2048)?;
         let validation = validate(tuned, &batches)?;
         let mut put = |name: &str, value: f64, std_error: Option<f64>| {

@@ -10,8 +10,8 @@ use retune_core::kernels::matrix::{Arithmetic, Form};
 use retune_core::random::Seed;
 use retune_core::weights::{Packing, Weights};
 use retune_data::tokenizer::{GgufTokenizer, Tokenizer};
-use retune_methods::adapter::Adapter;
 use retune_hub::{Found, Location, find};
+use retune_methods::adapter::Adapter;
 use retune_models::{Checkpoint, Task, open_for};
 use tensor::Device;
 
@@ -30,8 +30,7 @@ impl Located {
     /// # Errors
     /// If it is nowhere to be had; the error lists every place asked.
     pub fn find(name: &str, environment: &mut Environment<'_>) -> Result<Self> {
-        let found =
-            find(name, &environment.hub, environment.fetch, &mut *environment.downloads)?;
+        let found = find(name, &environment.hub, environment.fetch, &mut *environment.downloads)?;
         let path = match &found.location {
             Location::Folder(path) | Location::Gguf(path) => path.clone(),
             Location::Builtin(name) => crate::builtin::unpack(name, &environment.hub.cache)?,

@@ -265,8 +265,7 @@ fn forecast(
         })
         .sum();
     let trainable = method.num_trainable() as u64;
-    let training_bytes = trainable
-        * (8 + recipe.train.optimizer().state_bytes_per_value() as u64);
+    let training_bytes = trainable * (8 + recipe.train.optimizer().state_bytes_per_value() as u64);
     let tokens = tokens_per_pass(recipe, statistics);
     let recompute = recipe.train.recompute;
     let activation_bytes = activation_bytes(spec, tokens, recompute);
@@ -385,7 +384,10 @@ fn warnings(
     add(s.rows_broken, format!("{} broken rows are skipped", s.rows_broken));
     add(
         s.rows_without_learned_token,
-        format!("{} rows are left out: no token of them would be learned", s.rows_without_learned_token),
+        format!(
+            "{} rows are left out: no token of them would be learned",
+            s.rows_without_learned_token
+        ),
     );
     add(s.rows_too_long, format!("{} rows are left out: longer than max_length", s.rows_too_long));
     add(
@@ -398,7 +400,10 @@ fn warnings(
     add(s.double_bos, format!("{} rows had two begin tokens; one was removed", s.double_bos));
     add(
         s.turns_without_end,
-        format!("{} learned turns have no end token: the model may not learn to stop", s.turns_without_end),
+        format!(
+            "{} learned turns have no end token: the model may not learn to stop",
+            s.turns_without_end
+        ),
     );
     add(
         usize::from(!(low..=high).contains(&learning_rate)),

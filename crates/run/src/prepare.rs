@@ -74,31 +74,15 @@ impl Prepared {
             train.batch_size,
             train.accumulation,
         )?;
-        let plan = Plan::make(
-            &recipe,
-            &located,
-            &opened,
-            &splits,
-            batches.steps_per_epoch(),
-            max_length,
-        )?;
+        let plan =
+            Plan::make(&recipe, &located, &opened, &splits, batches.steps_per_epoch(), max_length)?;
         let choices = match recipe.evaluate.kind {
             EvaluationKind::Choice if recipe.evaluate.choices.is_empty() => {
                 answers_seen(&splits.train)?
             }
             _ => recipe.evaluate.choices.clone(),
         };
-        Ok(Self {
-            recipe,
-            located,
-            tokenizer,
-            template,
-            opened,
-            splits,
-            batches,
-            plan,
-            choices,
-        })
+        Ok(Self { recipe, located, tokenizer, template, opened, splits, batches, plan, choices })
     }
 
     /// Returns the rows that are measured before and after: those of the test file, else the

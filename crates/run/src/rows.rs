@@ -171,11 +171,10 @@ impl Rows<'_> {
         let shaper = Shaper::detect(file.path(), &sample, &shape)?;
         let prepare = PrepareOptions {
             loss_on: match o.loss_on {
-                Some(LossOn::Assistant) => retune_data::mask::LossOn::Assistant,
                 Some(LossOn::Completion) => retune_data::mask::LossOn::Completion,
                 Some(LossOn::All) => retune_data::mask::LossOn::All,
                 None if shaper.shape() == Shape::Text => retune_data::mask::LossOn::All,
-                None => retune_data::mask::LossOn::Assistant,
+                Some(LossOn::Assistant) | None => retune_data::mask::LossOn::Assistant,
             },
             max_tokens: self.max_length,
             too_long: match o.on_long {
@@ -216,6 +215,9 @@ pub struct TrainBatches {
 
 impl TrainBatches {
     /// Makes the batches of a subset.
+    ///
+    /// # Errors
+    /// If a row is longer than `max_length`.
     pub fn new(
         subset: Subset,
         seed: Seed,
@@ -226,11 +228,8 @@ impl TrainBatches {
     ) -> Result<Self> {
         let all = subset.dataset.lengths();
         let lengths: Vec<u32> = subset.rows.iter().map(|row| all[*row]).collect();
-        let rows = if options.packing {
-            pack(&lengths, max_length as u32)?
-        } else {
-            unpacked(&lengths)
-        };
+        let rows =
+            if options.packing { pack(&lengths, max_length as u32)? } else { unpacked(&lengths) };
         let places = |row: PackedRow| row.documents.into_iter().map(|d| d as usize).collect();
         Ok(Self {
             subset,

@@ -2,6 +2,7 @@
 //!
 //! The pack in `testkit/golden/training` says what was computed and which tolerances are demanded;
 //! every element of every tensor is compared.
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -88,9 +89,8 @@ fn batch(file: &SafetensorsFile, step: Option<usize>, head: &Head) -> Batch {
         .map(|row| {
             // Padding is on the right in this pack.
             let kept = (0..length).filter(|t| mask[row * length + t] == 1).count();
-            let of = |values: &[i64]| -> Vec<i64> {
-                values[row * length..row * length + kept].to_vec()
-            };
+            let of =
+                |values: &[i64]| -> Vec<i64> { values[row * length..row * length + kept].to_vec() };
             let language = matches!(head, Head::Language { .. });
             Document {
                 tokens: of(&ids).iter().map(|id| *id as u32).collect(),
@@ -153,8 +153,7 @@ fn one_step(name: &str, run: &str, recompute: bool) {
     let fixed = batch(&file, None, head);
     let want = SafetensorsFile::open(case.folder.join(run).join("expected.safetensors")).unwrap();
 
-    let mut pass =
-        Pass::new(&case.weights, &changes, &parameters, &fixed, Mode::Evaluate).unwrap();
+    let mut pass = Pass::new(&case.weights, &changes, &parameters, &fixed, Mode::Evaluate).unwrap();
     let found = match case.model.forward(&mut pass).unwrap() {
         Output::States(states) => {
             let rows: Vec<usize> = (0..fixed.num_tokens()).collect();
@@ -228,8 +227,7 @@ fn twenty_steps(name: &str, run: &str) {
         plan: "golden".to_owned(),
         checkpoints: checkpoints.path().to_path_buf(),
     };
-    let optimizer =
-        Box::new(AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 });
+    let optimizer = Box::new(AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 });
     let mut training =
         Training::new(case.model.as_ref(), &case.weights, method, optimizer, walk).unwrap();
     if let Some(adapter) = adapter {

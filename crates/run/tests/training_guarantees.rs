@@ -1,4 +1,5 @@
 //! What a run promises: resume to the same bits, accumulation, packing, threads, damaged checkpoints.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use retune_core::weights::{Packing, Weights};
 use retune_methods::lora::{Lora, LoraOptions};
 use retune_train::backprop::{Backprop, StepResult};
 use retune_train::checkpoint;
-use retune_train::optimizer::AdamW;
+use retune_train::optimizer::{AdamW, Optimizer};
 use retune_train::schedule::{Schedule, Shape};
 use retune_train::training::{BatchSource, Training, Walk};
 use tensor::Device;
@@ -88,7 +89,7 @@ fn walk(checkpoints: &Path) -> Walk {
     }
 }
 
-fn adamw() -> Box<AdamW> {
+fn adamw() -> Box<dyn Optimizer> {
     Box::new(AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 })
 }
 
@@ -173,7 +174,9 @@ fn step(documents: &[Vec<Document>]) -> StepResult {
     for id in ids {
         let mut random = Seed(9).stream("noise", &[id.index() as u64]);
         parameters.update(id, |values| {
-            values.iter_mut().for_each(|v| *v += (random.uniform() as f32 - 0.5) * 0.1);
+            for v in values {
+                *v += (random.uniform() as f32 - 0.5) * 0.1;
+            }
         });
     }
     let tuned =

@@ -43,7 +43,12 @@ impl Backprop {
     ///
     /// # Errors
     /// [`Error::NothingToLearn`] if there is no label at all; those of the model.
-    pub fn step(&self, tuned: &Tuned<'_>, micro_batches: &[Batch], step: u64) -> Result<StepResult> {
+    pub fn step(
+        &self,
+        tuned: &Tuned<'_>,
+        micro_batches: &[Batch],
+        step: u64,
+    ) -> Result<StepResult> {
         let head = &tuned.model.spec().head;
         let num_labels: usize = micro_batches.iter().map(|batch| batch.num_labels(head)).sum();
         if num_labels == 0 {
@@ -62,8 +67,7 @@ impl Backprop {
                 continue;
             }
             let mode = Mode::Train { seed: self.seed, pass: (step << 16) | index as u64 };
-            let mut pass =
-                Pass::new(tuned.weights, tuned.changes, tuned.parameters, batch, mode)?;
+            let mut pass = Pass::new(tuned.weights, tuned.changes, tuned.parameters, batch, mode)?;
             let scale = 1.0 / num_labels as f64;
             let sink = &mut result.gradients;
             let loss = if self.recompute {
@@ -82,7 +86,7 @@ pub fn row_list(batches: &[Batch]) -> String {
     let rows: Vec<usize> = batches.iter().flat_map(|batch| batch.rows.iter().copied()).collect();
     let mut text = rows.iter().take(20).map(ToString::to_string).collect::<Vec<_>>().join(", ");
     if rows.len() > 20 {
-        text.push_str(&format!(" and {} more", rows.len() - 20));
+        text = format!("{text} and {} more", rows.len() - 20);
     }
     text
 }

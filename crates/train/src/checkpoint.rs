@@ -106,7 +106,8 @@ pub fn list(root: &Path) -> Result<Vec<u64>> {
     let mut steps: Vec<u64> = Vec::new();
     for entry in entries {
         let name = entry.map_err(|error| unreadable(root, &error))?.file_name();
-        let step: Option<u64> = name.to_str().and_then(|name| name.strip_prefix("step-")?.parse().ok());
+        let step: Option<u64> =
+            name.to_str().and_then(|name| name.strip_prefix("step-")?.parse().ok());
         steps.extend(step);
     }
     steps.sort_unstable_by(|a, b| b.cmp(a));
@@ -185,8 +186,7 @@ pub fn load_newest(
             Err(error) => refused.push(format!("{} is damaged: {error}", path.display())),
         }
     }
-    let found =
-        if refused.is_empty() { "no checkpoint".to_owned() } else { refused.join("; ") };
+    let found = if refused.is_empty() { "no checkpoint".to_owned() } else { refused.join("; ") };
     Err(Error::NoCheckpoint { path: root.to_path_buf(), found })
 }
 
@@ -228,11 +228,7 @@ pub fn load_values(path: &Path, parameters: &mut Parameters) -> Result<()> {
     Ok(())
 }
 
-fn fill(
-    path: &Path,
-    parameters: &mut Parameters,
-    state_names: &[&str],
-) -> Result<OptimizerState> {
+fn fill(path: &Path, parameters: &mut Parameters, state_names: &[&str]) -> Result<OptimizerState> {
     let values = SafetensorsFile::open(path.join(PARAMETERS))?;
     let moments = SafetensorsFile::open(path.join(OPTIMIZER))?;
     let ids: Vec<_> = parameters.iter().map(|(id, p)| (id, p.name.clone(), p.trains)).collect();

@@ -77,7 +77,14 @@ mod tests {
     use super::*;
 
     fn schedule(shape: Shape) -> Schedule {
-        Schedule { shape, peak: 2.0, floor_frac: 0.1, warmup_steps: 0, decay_frac: 0.2, num_steps: 10 }
+        Schedule {
+            shape,
+            peak: 2.0,
+            floor_frac: 0.1,
+            warmup_steps: 0,
+            decay_frac: 0.2,
+            num_steps: 10,
+        }
     }
 
     #[test]

@@ -37,10 +37,7 @@ pub trait Validation {
     ///
     /// # Errors
     /// Those of the model.
-    fn measure(
-        &mut self,
-        tuned: &Tuned<'_>,
-    ) -> Result<std::collections::BTreeMap<String, f64>>;
+    fn measure(&mut self, tuned: &Tuned<'_>) -> Result<std::collections::BTreeMap<String, f64>>;
 }
 
 /// How a run walks: everything that is decided before step 1.
@@ -106,7 +103,7 @@ impl<'a> Training<'a> {
             step: 0,
             best: None,
             evaluations_without_better: 0,
-            hashes: Default::default(),
+            hashes: std::collections::BTreeMap::default(),
         };
         Ok(Self {
             model,
@@ -202,14 +199,15 @@ impl<'a> Training<'a> {
                 break;
             }
         }
-        observer.on_event(&Event::Finished {
-            step: self.state.step,
-            reason: reason.to_owned(),
-        });
+        observer.on_event(&Event::Finished { step: self.state.step, reason: reason.to_owned() });
         Ok(())
     }
 
-    fn one_step(&mut self, batches: &mut dyn BatchSource, observer: &mut dyn Observer) -> Result<()> {
+    fn one_step(
+        &mut self,
+        batches: &mut dyn BatchSource,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
         let step = self.state.step;
         let micro_batches = batches.micro_batches(step)?;
         let learner = Backprop { seed: self.walk.seed, recompute: self.walk.recompute };
@@ -244,7 +242,8 @@ impl<'a> Training<'a> {
 
     fn apply(&mut self, result: &mut StepResult, norm: f64, rate: f64) {
         // The same factor as in PyTorch's clip_grad_norm_, whose numbers the golden pack has.
-        let factor = if self.walk.clip > 0.0 { (self.walk.clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        let factor =
+            if self.walk.clip > 0.0 { (self.walk.clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
         let ids: Vec<_> = self.parameters.iter().map(|(id, _)| id).collect();
         for (id, gradient) in ids.into_iter().zip(&mut result.gradients) {
             let Some(gradient) = gradient.take() else { continue };

@@ -21,7 +21,10 @@ pub(crate) fn methods(name: Option<&str>, json: bool) -> Result<(), Failure> {
         let card = plugin.card;
         if json {
             let schema = retune_options::schema(&(card.options)());
-            println!("{}", json!({"name": card.name, "summary": card.summary, "source": card.source, "options": schema}));
+            println!(
+                "{}",
+                json!({"name": card.name, "summary": card.summary, "source": card.source, "options": schema})
+            );
             return Ok(());
         }
         println!("{}\n\n{}\n\n{}\n", card.name, card.summary, card.source);
@@ -49,10 +52,13 @@ pub(crate) fn methods(name: Option<&str>, json: bool) -> Result<(), Failure> {
 /// Lists the models that have a name.
 pub(crate) fn models(json: bool) {
     if json {
-        println!("{}", json!({
-            "catalogue": serde_json::to_value(catalogue()).unwrap_or_default(),
-            "architectures": retune_models::model_types().collect::<Vec<_>>(),
-        }));
+        println!(
+            "{}",
+            json!({
+                "catalogue": serde_json::to_value(catalogue()).unwrap_or_default(),
+                "architectures": retune_models::model_types().collect::<Vec<_>>(),
+            })
+        );
         return;
     }
     let mut rows = table(&["name", "values", "licence", "about"]);
@@ -64,7 +70,12 @@ pub(crate) fn models(json: bool) {
             entry.about.to_owned(),
         ]);
     }
-    rows.add_row(["builtin:tiny", "", "CC0-1.0", "a tiny model inside the program, for trying out"]);
+    rows.add_row([
+        "builtin:tiny",
+        "",
+        "CC0-1.0",
+        "a tiny model inside the program, for trying out",
+    ]);
     println!("{rows}");
     let types: Vec<&str> = retune_models::model_types().collect();
     println!("also: any Hugging Face folder or hf:org/name of type {}", types.join(", "));

@@ -60,7 +60,11 @@ pub(crate) fn doctor(arguments: &RecipeArguments, rows: usize, json: bool) -> Re
         ]);
     }
     if method.parameters.len() > shown {
-        list.add_row([format!("and {} more", method.parameters.len() - shown), String::new(), String::new()]);
+        list.add_row([
+            format!("and {} more", method.parameters.len() - shown),
+            String::new(),
+            String::new(),
+        ]);
     }
     println!("{list}");
     println!(

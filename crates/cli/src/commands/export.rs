@@ -49,13 +49,15 @@ pub(crate) fn export(
     match format {
         "gguf-lora" => {
             let adapter = session.adapter.as_ref().ok_or_else(|| {
-                Failure::Usage("--format gguf-lora writes an adapter; give one with --adapter".into())
+                Failure::Usage(
+                    "--format gguf-lora writes an adapter; give one with --adapter".into(),
+                )
             })?;
             write_gguf_adapter(adapter, checkpoint.model.spec(), &name, output)?;
         }
         "hf" => {
             // A folder without a tokenizer can still be merged.
-    let tokenizer = session.text().ok().map(|(tokenizer, _)| tokenizer);
+            let tokenizer = session.text().ok().map(|(tokenizer, _)| tokenizer);
             let adapter = adapter.map_or_else(|| "none".to_owned(), |a| a.display().to_string());
             let card = merged_card(model, &adapter);
             write_merged(&session.tuned(), tokenizer.as_ref(), Dtype::F32, &card, output)?;

@@ -76,11 +76,14 @@ pub(crate) fn generate(
     if json {
         let decode_s = clock() - first;
         let speed = (answer.tokens.len().saturating_sub(1)) as f64 / decode_s.max(1e-9);
-        println!("{}", json!({
-            "text": whole, "tokens": answer.tokens, "prompt_tokens": ids.len(),
-            "stop": format!("{:?}", answer.stop), "prefill_s": first - started,
-            "decode_tokens_per_s": speed,
-        }));
+        println!(
+            "{}",
+            json!({
+                "text": whole, "tokens": answer.tokens, "prompt_tokens": ids.len(),
+                "stop": format!("{:?}", answer.stop), "prefill_s": first - started,
+                "decode_tokens_per_s": speed,
+            })
+        );
     } else {
         print_new(&whole, shown);
         println!();

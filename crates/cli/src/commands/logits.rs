@@ -36,7 +36,12 @@ pub(crate) fn logits(
     let mut shape = Vec::new();
     for row in &rows {
         if row.columns.is_empty() {
-            return Err(wrong(input, "attention_mask", "at least one 1 in every row", "a row of zeros"));
+            return Err(wrong(
+                input,
+                "attention_mask",
+                "at least one 1 in every row",
+                "a row of zeros",
+            ));
         }
         let mut batch = Batch::new(std::slice::from_ref(&row.document))?;
         // Positions count every column, masked or not, as the other tools' default does.
@@ -119,7 +124,10 @@ fn read_rows(path: &Path) -> Result<(Vec<Row>, usize), Failure> {
             })
             .transpose()?;
         let learn = vec![false; tokens.len()];
-        rows.push(Row { columns, document: Document { tokens, learn, token_types, class: None, row } });
+        rows.push(Row {
+            columns,
+            document: Document { tokens, learn, token_types, class: None, row },
+        });
     }
     Ok((rows, width))
 }

@@ -65,9 +65,10 @@ impl Session {
                 ..ComputeOptions::default()
             };
             let adapter_files = adapter.map(Adapter::read).transpose()?;
-            let task = adapter_files.as_ref().and_then(labels).map_or(Task::AsSaved, |labels| {
-                Task::Classify { labels }
-            });
+            let task = adapter_files
+                .as_ref()
+                .and_then(labels)
+                .map_or(Task::AsSaved, |labels| Task::Classify { labels });
             let opened = Opened::open(&located, &task, Seed(0), &compute, None)?;
             let mut parameters = Parameters::new(opened.weights.device());
             let mut changes = Changes::default();

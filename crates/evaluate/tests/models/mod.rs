@@ -51,12 +51,7 @@ struct TinyModel {
 }
 
 impl Tiny {
-    fn new(
-        body: Body,
-        max_positions: usize,
-        vocabulary: usize,
-        tensors: Vec<Weight<'_>>,
-    ) -> Self {
+    fn new(body: Body, max_positions: usize, vocabulary: usize, tensors: Vec<Weight<'_>>) -> Self {
         let head = match body {
             Body::Classes => {
                 let width = tensors[0].3[1];
