@@ -232,6 +232,7 @@ impl Recipe {
     fn read(reader: &mut Reader<'_>, default_name: String, folder: &Path) -> Self {
         let mut head = RecipeHead::read(reader);
         head.data.resolve_paths(folder);
+        let name = head.name.get_or_insert(default_name).clone();
         let names: Vec<&str> = registry::names().collect();
         let mut resolved = head.write();
         let (method_name, method) = match reader.variant("method", &names) {
@@ -247,7 +248,7 @@ impl Recipe {
         resolved.insert("method", methods);
         let resolved = to_toml(&resolved);
         Self {
-            name: head.name.clone().unwrap_or(default_name),
+            name,
             model: head.model.clone(),
             runs: head.runs.clone(),
             seed: head.seed,
