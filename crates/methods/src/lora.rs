@@ -187,6 +187,12 @@ impl Lora {
         if targets.is_empty() {
             return Err(setting("target_modules", "the modules the adapter changes"));
         }
+        let mut modules_to_save = list("modules_to_save")?;
+        let task = config.get("task_type").and_then(Value::as_str).unwrap_or_default();
+        if matches!(task, "SEQ_CLS" | "TOKEN_CLS") {
+            // PEFT writes both names whatever the head is called; the plan finds it by its role.
+            modules_to_save.retain(|name| name != "classifier" && name != "score");
+        }
         let options = LoraOptions {
             rank,
             alpha: config.get("lora_alpha").and_then(Value::as_f64).unwrap_or(8.0),
@@ -200,7 +206,7 @@ impl Lora {
             bias,
             rank_pattern,
             alpha_pattern: pattern("alpha_pattern")?,
-            modules_to_save: list("modules_to_save")?,
+            modules_to_save,
         };
         Ok(Self { options, original: Some(config.clone()) })
     }

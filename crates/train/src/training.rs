@@ -287,7 +287,8 @@ impl<'a> Training<'a> {
             split: "validation".to_owned(),
             metrics,
         });
-        if self.state.best.is_none_or(|(best, _)| loss < best) {
+        // A loss that is not a number is never the best, not even as the first.
+        if !loss.is_nan() && self.state.best.is_none_or(|(best, _)| loss < best) {
             self.state.best = Some((loss, self.state.step));
             self.state.evaluations_without_better = 0;
             // The best so far is saved at once, whatever the rhythm of checkpoints.
