@@ -9,9 +9,12 @@ use super::cpu::Kernel;
 use super::operand::{Start, Term};
 use super::pack::{self, Block};
 use super::scratch::{self, Scratch};
-use super::tile::{LANES, Tile, TileOutput, TileStart, portable::Portable};
+use super::shared::Output;
+use super::tile::{LANES, Panels, Tile, TileOutput, TileStart, portable::Portable};
 #[cfg(target_arch = "x86_64")]
-use super::tile::{amx::Amx, avx2::Avx2, avx512::Avx512, avx512_bf16::Avx512Bf16};
+use super::tile::{
+    amx::Amx, amx_split::AmxSplit, avx2::Avx2, avx512::Avx512, avx512_bf16::Avx512Bf16,
+};
 
 /// Products below which a second thread costs more than it brings.
 const ALONE: usize = 1 << 16;
@@ -52,6 +55,8 @@ pub(crate) fn multiply_with(
             Kernel::Avx512Bf16 => run::<Avx512Bf16>(rows, columns, terms, start, out),
             #[cfg(target_arch = "x86_64")]
             Kernel::Amx => run::<Amx>(rows, columns, terms, start, out),
+            #[cfg(target_arch = "x86_64")]
+            Kernel::AmxSplit => run::<AmxSplit>(rows, columns, terms, start, out),
         }
     }
 }
@@ -93,8 +98,7 @@ unsafe fn run<T: Tile>(rows: usize, columns: usize, terms: &[Term], start: Start
     let work = rows * columns * terms.iter().map(|term| term.length).sum::<usize>();
     let threads = if work < ALONE { 1 } else { rayon::current_num_threads() };
     let (rows_each, columns_each) = parts::<T>(rows, columns, terms, threads);
-    let product =
-        Product { rows, columns, terms, blocks: &blocks, start, out: Output(out.as_mut_ptr()) };
+    let product = Product { rows, columns, terms, blocks: &blocks, start, out: Output::new(out) };
     let across = columns.div_ceil(columns_each);
     let task = |index: usize| {
         let (row, column) = (index / across * rows_each, index % across * columns_each);
@@ -128,22 +132,23 @@ fn parts<T: Tile>(rows: usize, columns: usize, terms: &[Term], threads: usize) -
     (each(rows, down, T::ROWS), each(columns, across, granule))
 }
 
-/// The output's memory, of which every task writes a part of its own.
-#[derive(Clone, Copy)]
-struct Output(*mut f32);
-
-// SAFETY: tasks write disjoint parts and only while the product borrows the slice.
-unsafe impl Send for Output {}
-// SAFETY: as above.
-unsafe impl Sync for Output {}
-
 struct Product<'a> {
     rows: usize,
     columns: usize,
     terms: &'a [Term<'a>],
     blocks: &'a [Block],
     start: Start<'a>,
-    out: Output,
+    out: Output<'a>,
+}
+
+/// A run of units that a row of tiles is multiplied over.
+struct Step<'a> {
+    left: &'a [u32],
+    right: &'a [u32],
+    units: usize,
+    /// Units of a packed right part.
+    depth: usize,
+    start: Start<'a>,
 }
 
 impl Product<'_> {
@@ -161,7 +166,7 @@ impl Product<'_> {
         debug_assert!(rows.end <= self.rows && columns.end <= self.columns);
         let panels = columns.len().div_ceil(LANES);
         for (index, block) in self.blocks.iter().enumerate() {
-            let right = scratch.right.at_least(panels * block.units * LANES);
+            let right = scratch.right.at_least(panels * T::PARTS * block.units * LANES);
             // SAFETY: as the caller promises.
             unsafe {
                 pack::right::<T>(self.terms, block, columns.clone(), right, &mut scratch.rows);
@@ -174,19 +179,21 @@ impl Product<'_> {
                 let height = (rows.end - row).div_ceil(tiles - tile);
                 let height = height.next_multiple_of(T::ROW_GRANULE).min(rows.end - row);
                 let left = scratch.left.at_least(T::ROWS * T::DEPTH);
+                let edge = scratch.edge.at_least(T::ROWS * T::PANELS * LANES);
                 // SAFETY: as the caller promises; both factors are packed for this block.
                 unsafe {
-                    pack::left::<T>(self.terms, block, row..row + height, left);
-                    let tile = (row, height);
-                    self.row_of_tiles::<T>(
-                        block.units,
-                        left,
-                        right,
-                        tile,
-                        &columns,
-                        start,
-                        scratch.edge.at_least(T::ROWS * T::PANELS * LANES),
-                    );
+                    let rows = row..row + height;
+                    pack::left::<T>(self.terms, block, rows, left, &mut scratch.rows);
+                    for unit in (0..block.units).step_by(T::STEP) {
+                        let step = Step {
+                            left: &left[unit..],
+                            right: &right[unit * LANES..],
+                            units: T::STEP.min(block.units - unit),
+                            depth: block.units,
+                            start: if unit == 0 { start } else { Start::Output },
+                        };
+                        self.row_of_tiles::<T>(&step, (row, height), &columns, edge);
+                    }
                 }
                 row += height;
             }
@@ -194,23 +201,23 @@ impl Product<'_> {
     }
 
     /// # Safety
-    /// As [`Self::part`]; `left` and `right` are packed with `units` units.
+    /// As [`Self::part`]; the step's factors are packed.
     unsafe fn row_of_tiles<T: Tile>(
         &self,
-        units: usize,
-        left: &[u32],
-        right: &[u32],
+        step: &Step,
         (row, height): (usize, usize),
         columns: &Range<usize>,
-        start: Start,
         edge: &mut [u32],
     ) {
+        let (left, units, start) = (step.left.as_ptr(), step.units, step.start);
+        let part = step.depth * LANES;
         let width = T::PANELS * LANES;
         for (index, column) in columns.clone().step_by(width).enumerate() {
-            let right = right[index * T::PANELS * units * LANES..].as_ptr();
+            let first = step.right[index * T::PANELS * T::PARTS * part..].as_ptr();
+            let right = Panels { first, part };
             let have = width.min(columns.end - column);
             // SAFETY: row and column lie in the output.
-            let values = unsafe { self.out.0.add(row * self.columns + column) };
+            let values = unsafe { self.out.at(row * self.columns + column) };
             let tile_start = match start {
                 Start::Zero => TileStart::Zero,
                 Start::Bias(bias) => TileStart::Bias(bias[column..].as_ptr()),
@@ -226,7 +233,7 @@ impl Product<'_> {
                     start: tile_start,
                 };
                 // SAFETY: the tile lies inside this task's part of the output.
-                unsafe { T::tile(left.as_ptr(), right, units, output) }
+                unsafe { T::tile(left, right, units, output) }
                 continue;
             }
             let edge: &mut [f32] = bytemuck::cast_slice_mut(edge);
@@ -247,7 +254,7 @@ impl Product<'_> {
                 start: TileStart::Output,
             };
             // SAFETY: the edge buffer holds a whole tile.
-            unsafe { T::tile(left.as_ptr(), right, units, output) }
+            unsafe { T::tile(left, right, units, output) }
             for (r, edge) in edge.chunks_exact(width).take(height).enumerate() {
                 // SAFETY: as above, and this thread alone writes there.
                 let out =

@@ -23,6 +23,9 @@ pub(crate) enum Kernel {
     /// AMX tiles of bf16.
     #[cfg(target_arch = "x86_64")]
     Amx,
+    /// AMX tiles, with every `f32` split into three bf16.
+    #[cfg(target_arch = "x86_64")]
+    AmxSplit,
 }
 
 impl Kernel {
@@ -42,6 +45,16 @@ impl Kernel {
         }
     }
 
+    /// Picks the best instructions for loops over plain `f32`.
+    pub(crate) fn plain() -> Self {
+        static BEST: OnceLock<Kernel> = OnceLock::new();
+        *BEST.get_or_init(|| {
+            let available = Self::available();
+            let plain = available.iter().rfind(|kernel| kernel.is_plain());
+            plain.copied().unwrap_or(Self::Portable)
+        })
+    }
+
     /// Lists what this machine can run, slowest first.
     pub(crate) fn available() -> Vec<Self> {
         let mut kernels = vec![Self::Portable];
@@ -57,9 +70,22 @@ impl Kernel {
             kernels.extend(avx2.then_some(Self::Avx2));
             kernels.extend(avx512.then_some(Self::Avx512));
             kernels.extend(bf16.then_some(Self::Avx512Bf16));
-            kernels.extend((bf16 && amx::is_available()).then_some(Self::Amx));
+            if bf16 && amx::is_available() {
+                kernels.extend([Self::AmxSplit, Self::Amx]);
+            }
         }
         kernels
+    }
+
+    /// Tells whether numbers are multiplied as they are.
+    fn is_plain(self) -> bool {
+        match self {
+            Self::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 | Self::Avx512 => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 | Self::Amx | Self::AmxSplit => false,
+        }
     }
 
     /// Tells whether factors are rounded to bf16.
@@ -67,7 +93,7 @@ impl Kernel {
         match self {
             Self::Portable => false,
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 | Self::Avx512 => false,
+            Self::Avx2 | Self::Avx512 | Self::AmxSplit => false,
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 | Self::Amx => true,
         }

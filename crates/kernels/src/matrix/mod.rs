@@ -14,13 +14,17 @@ mod blocked;
 mod cpu;
 mod dot;
 mod operand;
+mod outer;
 mod pack;
 mod packed;
 mod product;
+mod quantized;
 mod scratch;
+mod shared;
 #[cfg(test)]
 mod tests;
 mod tile;
+mod vector;
 
 pub use packed::{Form, PackedMatrix, PackedMatrixError, SharedBytes};
 pub use product::{product, product_nt, product_tn};

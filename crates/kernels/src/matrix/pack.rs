@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::operand::{Operand, Term};
 use super::scratch::Buffer;
-use super::tile::{LANES, Tile, portable};
+use super::tile::{LANES, Tile};
 
 /// A part of one term's reduction, and the unit it starts at in a packed block.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,7 +38,7 @@ pub(crate) fn blocks<T: Tile>(terms: &[Term]) -> Vec<Block> {
         while from < term.length {
             let range = from..term.length.min(from + part);
             from = range.end;
-            let units = range.len().div_ceil(width);
+            let units = units::<T>(range.len());
             match blocks.last_mut() {
                 Some(block) if block.used + units <= capacity::<T>() => {
                     block.pieces.push(Piece { term: index, range, unit: block.used });
@@ -54,13 +54,24 @@ pub(crate) fn blocks<T: Tile>(terms: &[Term]) -> Vec<Block> {
     }
     for block in &mut blocks {
         block.units = block.used.next_multiple_of(T::UNIT_GRANULE);
-        assert!(block.units <= T::DEPTH, "a block fits a packed tile");
+        assert!(block.units <= part::<T>(), "a block fits a packed tile");
     }
     blocks
 }
 
+/// The most units a block can have.
 fn capacity<T: Tile>() -> usize {
-    T::DEPTH / T::UNIT_GRANULE * T::UNIT_GRANULE
+    part::<T>() / T::UNIT_GRANULE * T::UNIT_GRANULE
+}
+
+/// Units between the parts of a packed left row.
+const fn part<T: Tile>() -> usize {
+    T::DEPTH / T::PARTS
+}
+
+/// Units a run of numbers becomes.
+const fn units<T: Tile>(numbers: usize) -> usize {
+    if T::PAIRS { numbers.div_ceil(2) } else { numbers }
 }
 
 /// Packs rows of the left factors: row `r` of the tile starts at unit `r * DEPTH`.
@@ -72,31 +83,20 @@ pub(crate) unsafe fn left<T: Tile>(
     block: &Block,
     rows: Range<usize>,
     packed: &mut [u32],
+    scratch: &mut Buffer,
 ) {
     for piece in &block.pieces {
-        let k = piece.range.clone();
-        for (row, packed) in rows.clone().zip(packed.chunks_exact_mut(T::DEPTH)) {
-            let packed = &mut packed[piece.unit..];
+        // SAFETY: as the caller promises.
+        unsafe {
             match terms[piece.term].left {
                 Operand::Rows { values, stride } => {
-                    let values = &values[row * stride..][k.clone()];
-                    if T::PAIRS {
-                        // SAFETY: as the caller promises.
-                        unsafe { T::join(values, packed) }
-                    } else {
-                        packed[..values.len()].copy_from_slice(bytemuck::cast_slice(values));
+                    for (row, packed) in rows.clone().zip(packed.chunks_exact_mut(T::DEPTH)) {
+                        let values = &values[row * stride..][piece.range.clone()];
+                        left_row::<T>(values, &mut packed[piece.unit..]);
                     }
                 }
                 Operand::Columns { values, stride } => {
-                    let column = values[k.start * stride + row..].iter().step_by(stride);
-                    let column = column.take(k.len()).copied();
-                    if T::PAIRS {
-                        gather_pairs(column, packed);
-                    } else {
-                        for (packed, value) in packed.iter_mut().zip(column) {
-                            *packed = value.to_bits();
-                        }
-                    }
+                    left_columns::<T>(values, stride, piece, rows.clone(), packed, scratch);
                 }
                 Operand::Frozen(_) | Operand::FrozenTransposed(_) => {
                     unreachable!("frozen matrices are right factors")
@@ -105,14 +105,53 @@ pub(crate) unsafe fn left<T: Tile>(
         }
     }
     for packed in packed.chunks_exact_mut(T::DEPTH).take(rows.len()) {
-        packed[block.used..block.units].fill(0);
+        for packed in packed.chunks_exact_mut(part::<T>()) {
+            packed[block.used..block.units].fill(0);
+        }
     }
 }
 
-fn gather_pairs(mut column: impl Iterator<Item = f32>, packed: &mut [u32]) {
-    for packed in packed {
-        let Some(low) = column.next() else { break };
-        *packed = portable::round(low) | portable::round(column.next().unwrap_or(0.0)) << 16;
+/// # Safety
+/// The processor has the tile's instruction set.
+unsafe fn left_row<T: Tile>(values: &[f32], packed: &mut [u32]) {
+    if T::PAIRS {
+        // SAFETY: as the caller promises.
+        unsafe { T::join(values, packed, part::<T>()) }
+    } else {
+        packed[..values.len()].copy_from_slice(bytemuck::cast_slice(values));
+    }
+}
+
+/// Packs columns of a `[length, rows]` factor as rows, sixteen of the reduction at a time.
+///
+/// # Safety
+/// The processor has the tile's instruction set.
+unsafe fn left_columns<T: Tile>(
+    values: &[f32],
+    stride: usize,
+    piece: &Piece,
+    rows: Range<usize>,
+    packed: &mut [u32],
+    scratch: &mut Buffer,
+) {
+    let height = rows.len();
+    let turned = &mut scratch.at_least(height * LANES)[..height * LANES];
+    for start in piece.range.clone().step_by(LANES) {
+        let width = LANES.min(piece.range.end - start);
+        let first = &values[start * stride..][rows.clone()];
+        let mut columns = [first.as_ptr().cast::<u32>(); LANES];
+        for (k, column) in columns.iter_mut().enumerate().take(width) {
+            *column = values[(start + k) * stride..][rows.clone()].as_ptr().cast();
+        }
+        // SAFETY: every pointer leads to a slice of `height` numbers, and `turned` holds sixteen
+        // times as many; the caller promises the instructions.
+        unsafe { T::transpose(&columns, height, turned.as_mut_ptr()) }
+        let at = piece.unit + units::<T>(start - piece.range.start);
+        let turned = turned.as_chunks::<LANES>().0.iter();
+        for (row, packed) in turned.zip(packed.chunks_exact_mut(T::DEPTH)) {
+            // SAFETY: as the caller promises.
+            unsafe { left_row::<T>(bytemuck::cast_slice(&row[..width]), &mut packed[at..]) }
+        }
     }
 }
 
@@ -126,9 +165,9 @@ pub(crate) unsafe fn right<T: Tile>(
     block: &Block,
     lanes: Range<usize>,
     packed: &mut [u32],
-    rows: &mut Buffer,
+    scratch: &mut Buffer,
 ) {
-    let panel = block.units * LANES;
+    let panel = T::PARTS * block.units * LANES;
     let packed = &mut packed[..lanes.len().div_ceil(LANES) * panel];
     for piece in &block.pieces {
         match terms[piece.term].right {
@@ -137,16 +176,18 @@ pub(crate) unsafe fn right<T: Tile>(
                 for (panel, start) in panels.zip(lanes.clone().step_by(LANES)) {
                     let lanes = start..lanes.end.min(start + LANES);
                     // SAFETY: as the caller promises.
-                    unsafe { panel_of_rows::<T>(right, piece, lanes, panel, rows) }
+                    unsafe { panel_of_rows::<T>(right, piece, lanes, panel, scratch) }
                 }
             }
             right @ (Operand::Columns { .. } | Operand::FrozenTransposed(_)) => {
                 // SAFETY: as the caller promises.
-                unsafe { panels_of_columns::<T>(right, piece, lanes.clone(), packed, panel, rows) }
+                unsafe {
+                    panels_of_columns::<T>(right, piece, lanes.clone(), packed, block, scratch);
+                }
             }
         }
     }
-    for packed in packed.chunks_exact_mut(panel) {
+    for packed in packed.chunks_exact_mut(block.units * LANES) {
         packed[block.used * LANES..].fill(0);
     }
 }
@@ -161,16 +202,18 @@ unsafe fn panel_of_rows<T: Tile>(
     scratch: &mut Buffer,
 ) {
     let k = piece.range.clone();
-    let units = if T::PAIRS { k.len().div_ceil(2) } else { k.len() };
+    let units = units::<T>(k.len());
     // Numbers, units they become, and a row of zeros for lanes that do not exist.
-    let scratch = scratch.at_least(k.len() + units * (LANES + 1));
+    let scratch = scratch.at_least(k.len() + units + units * T::PARTS * LANES);
     let (numbers, scratch) = scratch.split_at_mut(k.len());
     let numbers: &mut [f32] = bytemuck::cast_slice_mut(numbers);
     let (zeros, joined) = scratch.split_at_mut(units);
     zeros.fill(0);
+    // Lanes that do not exist stay at the zeros in every part.
+    let mut steps = [0; LANES];
     let mut rows = [zeros.as_ptr(); LANES];
-    let joined = joined.chunks_exact_mut(units);
-    for ((lane, pointer), joined) in lanes.zip(&mut rows).zip(joined) {
+    let joined = joined.chunks_exact_mut(units * T::PARTS);
+    for (index, (lane, joined)) in lanes.zip(joined).enumerate() {
         let values: &[f32] = match right {
             Operand::Rows { values, stride } => &values[lane * stride..][k.clone()],
             Operand::Frozen(matrix) => match matrix.as_f32() {
@@ -182,7 +225,7 @@ unsafe fn panel_of_rows<T: Tile>(
                 None => {
                     let row: &mut [f32] = bytemuck::cast_slice_mut(joined);
                     matrix.decode(lane, k.clone(), row);
-                    *pointer = row.as_ptr().cast();
+                    rows[index] = row.as_ptr().cast();
                     continue;
                 }
             },
@@ -192,16 +235,23 @@ unsafe fn panel_of_rows<T: Tile>(
         };
         if T::PAIRS {
             // SAFETY: as the caller promises.
-            unsafe { T::join(values, joined) }
-            *pointer = joined.as_ptr();
+            unsafe { T::join(values, joined, units) }
+            (rows[index], steps[index]) = (joined.as_ptr(), units);
         } else {
-            *pointer = values.as_ptr().cast();
+            rows[index] = values.as_ptr().cast();
         }
     }
-    let panel = &mut panel[piece.unit * LANES..][..units * LANES];
-    // SAFETY: every pointer leads to `units` units: a row of zeros, a row of `joined`, or `k.len()`
-    // numbers where a unit is a number. The panel was cut to sixteen times as many.
-    unsafe { T::transpose(&rows, units, panel.as_mut_ptr()) }
+    let part = panel.len() / T::PARTS;
+    for panel in panel.chunks_exact_mut(part) {
+        let panel = &mut panel[piece.unit * LANES..][..units * LANES];
+        // SAFETY: every pointer leads to `units` units: a row of zeros, a part of a row of
+        // `joined`, or `k.len()` numbers where a unit is a number. The panel was cut to sixteen
+        // times as many.
+        unsafe { T::transpose(&rows, units, panel.as_mut_ptr()) }
+        for (row, step) in rows.iter_mut().zip(steps) {
+            *row = row.wrapping_add(step);
+        }
+    }
 }
 
 /// # Safety
@@ -211,38 +261,45 @@ unsafe fn panels_of_columns<T: Tile>(
     piece: &Piece,
     lanes: Range<usize>,
     packed: &mut [u32],
-    panel: usize,
+    block: &Block,
     scratch: &mut Buffer,
 ) {
     let width = lanes.len();
     let full = width.next_multiple_of(LANES);
-    let scratch = scratch.at_least(2 * width + full);
-    let (joined, scratch) = scratch.split_at_mut(full);
+    let scratch = scratch.at_least(2 * width + T::PARTS * full);
+    let (joined, scratch) = scratch.split_at_mut(T::PARTS * full);
     joined.fill(0);
     let scratch: &mut [f32] = bytemuck::cast_slice_mut(scratch);
     let (first, second) = scratch.split_at_mut(width);
+    let part = block.units * LANES;
     let step = if T::PAIRS { 2 } else { 1 };
     for (unit, k) in piece.range.clone().step_by(step).enumerate() {
+        let at = (piece.unit + unit) * LANES;
         let low = row(right, k, lanes.clone(), first);
-        let units: &[u32] = if T::PAIRS {
+        if T::PAIRS {
             let high = (k + 1 < piece.range.end)
                 .then(|| row(right, k + 1, lanes.clone(), &mut second[..width]));
             // SAFETY: as the caller promises.
-            unsafe { T::join_rows(low, high, joined) }
-            joined
+            unsafe { T::join_rows(low, high, joined, full) }
+            for (index, units) in joined.chunks_exact(full).enumerate() {
+                deal(units, &mut packed[index * part + at..], T::PARTS * part);
+            }
         } else {
-            bytemuck::cast_slice(low)
-        };
-        let at = (piece.unit + unit) * LANES;
-        let (whole, rest) = units.as_chunks::<LANES>();
-        for (from, packed) in whole.iter().zip(packed[at..].chunks_mut(panel)) {
-            packed[..LANES].copy_from_slice(from);
+            deal(bytemuck::cast_slice(low), &mut packed[at..], part);
         }
-        if !rest.is_empty() {
-            let packed = &mut packed[whole.len() * panel + at..][..LANES];
-            packed[..rest.len()].copy_from_slice(rest);
-            packed[rest.len()..].fill(0);
-        }
+    }
+}
+
+/// Gives each panel its sixteen units, the last one filled up with zeros.
+fn deal(units: &[u32], packed: &mut [u32], panel: usize) {
+    let (whole, rest) = units.as_chunks::<LANES>();
+    for (from, packed) in whole.iter().zip(packed.chunks_mut(panel)) {
+        packed[..LANES].copy_from_slice(from);
+    }
+    if !rest.is_empty() {
+        let packed = &mut packed[whole.len() * panel..][..LANES];
+        packed[..rest.len()].copy_from_slice(rest);
+        packed[rest.len()..].fill(0);
     }
 }
 

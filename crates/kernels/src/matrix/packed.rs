@@ -65,7 +65,7 @@ pub enum PackedMatrixError {
 }
 
 #[derive(Clone)]
-enum Storage {
+pub(super) enum Storage {
     F32(Arc<Vec<f32>>),
     Bf16(Arc<Vec<bf16>>),
     Blocks(BlockType, SharedBytes),
@@ -93,7 +93,7 @@ pub struct PackedMatrix {
     rows: usize,
     columns: usize,
     arithmetic: Arithmetic,
-    storage: Storage,
+    pub(super) storage: Storage,
 }
 
 impl fmt::Debug for PackedMatrix {
@@ -333,7 +333,7 @@ impl PackedMatrix {
 
     fn sum(&self, terms: &[Term], n: usize, width: usize, bias: Option<&[f32]>, out: &mut [f32]) {
         let start = bias.map_or(Start::Zero, Start::Bias);
-        if dot::suits(terms, n) {
+        if dot::suits(terms, n, width) {
             dot::multiply(n, width, terms, start, out);
         } else {
             blocked::multiply(self.arithmetic, n, width, terms, start, out);

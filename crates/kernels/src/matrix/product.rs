@@ -1,7 +1,7 @@
 //! Products of dense row-major matrices.
 
 use super::operand::{Operand, Start, Term};
-use super::{Arithmetic, blocked, dot};
+use super::{Arithmetic, blocked, dot, outer};
 
 /// Computes `out = a · b`.
 ///
@@ -26,6 +26,12 @@ pub fn product(
     out: &mut [f32],
 ) {
     check([m, k, n], a, b);
+    if n <= dot::NARROW && m > n {
+        let turned: Vec<f32> = (0..n).flat_map(|j| b.iter().skip(j).step_by(n).copied()).collect();
+        let right = Operand::rows(&turned, k);
+        let term = Term { left: Operand::rows(a, k), right, length: k };
+        return dot::multiply(m, n, &[term], Start::Zero, out);
+    }
     let term = Term { left: Operand::rows(a, k), right: Operand::columns(b, n), length: k };
     blocked::multiply(arithmetic, m, n, &[term], Start::Zero, out);
 }
@@ -50,7 +56,7 @@ pub fn product_nt(
     check([m, k, n], a, b);
     let start = bias.map_or(Start::Zero, Start::Bias);
     let term = [Term { left: Operand::rows(a, k), right: Operand::rows(b, k), length: k }];
-    if dot::suits(&term, m) {
+    if dot::suits(&term, m, n) {
         dot::multiply(m, n, &term, start, out);
     } else {
         blocked::multiply(arithmetic, m, n, &term, start, out);
@@ -73,6 +79,13 @@ pub fn product_tn(
     out: &mut [f32],
 ) {
     check([m, k, n], a, b);
+    assert_eq!(out.len(), m * n, "the output of a {m} x {k} x {n} product");
+    if m <= outer::NARROW && m <= n {
+        return outer::multiply([m, k, n], a, b, false, out);
+    }
+    if n <= outer::NARROW {
+        return outer::multiply([n, k, m], b, a, true, out);
+    }
     let term = Term { left: Operand::columns(a, m), right: Operand::columns(b, n), length: k };
     blocked::multiply(arithmetic, m, n, &[term], Start::Zero, out);
 }

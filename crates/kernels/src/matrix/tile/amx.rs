@@ -5,7 +5,7 @@ use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
 use std::sync::OnceLock;
 
-use super::{LANES, Tile, TileOutput, TileStart, avx512, avx512_bf16};
+use super::{LANES, Panels, Tile, TileOutput, TileStart, avx512, avx512_bf16};
 
 pub(crate) struct Amx;
 
@@ -23,15 +23,11 @@ impl Tile for Amx {
     const PAIRS: bool = true;
 
     unsafe fn session(work: impl FnOnce()) {
-        let shape = Shape::FULL;
-        // SAFETY: the caller promises AMX; the configuration is 64 bytes of a valid palette.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const shape, options(nostack, readonly)) }
-        work();
-        // SAFETY: gives the tiles back, which the caller promises exist.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) }
+        // SAFETY: as the caller promises.
+        unsafe { session(work) }
     }
 
-    unsafe fn tile(left: *const u32, right: *const u32, units: usize, output: TileOutput) {
+    unsafe fn tile(left: *const u32, right: Panels, units: usize, output: TileOutput) {
         // SAFETY: as the caller promises; rows come in sixteens and units too.
         unsafe {
             match (output.rows > 16, output.panels > 1) {
@@ -48,15 +44,28 @@ impl Tile for Amx {
         unsafe { avx512::transpose(rows, units, panel) }
     }
 
-    unsafe fn join(values: &[f32], units: &mut [u32]) {
+    unsafe fn join(values: &[f32], units: &mut [u32], _: usize) {
         // SAFETY: as the caller promises.
         unsafe { avx512_bf16::join(values, units) }
     }
 
-    unsafe fn join_rows(first: &[f32], second: Option<&[f32]>, units: &mut [u32]) {
+    unsafe fn join_rows(first: &[f32], second: Option<&[f32]>, units: &mut [u32], _: usize) {
         // SAFETY: as the caller promises.
         unsafe { avx512_bf16::join_rows(first, second, units) }
     }
+}
+
+/// Runs `work` with all tiles at their full size.
+///
+/// # Safety
+/// The processor has AMX and the process may use it.
+pub(super) unsafe fn session(work: impl FnOnce()) {
+    let shape = Shape::FULL;
+    // SAFETY: the caller promises AMX; the configuration is 64 bytes of a valid palette.
+    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const shape, options(nostack, readonly)) }
+    work();
+    // SAFETY: gives the tiles back, which the caller promises exist.
+    unsafe { asm!("tilerelease", options(nostack, nomem)) }
 }
 
 /// The 64 bytes that give the eight tiles their shapes.
@@ -84,7 +93,7 @@ impl Shape {
 static ZEROS: [f32; 2 * LANES] = [0.0; 2 * LANES];
 
 /// Where sums start: an address, and bytes between rows (none where all rows start alike).
-fn start(output: &TileOutput) -> (*const f32, usize) {
+pub(super) fn start(output: &TileOutput) -> (*const f32, usize) {
     match output.start {
         TileStart::Zero => (ZEROS.as_ptr(), 0),
         TileStart::Bias(bias) => (bias, 0),
@@ -98,7 +107,7 @@ macro_rules! tile {
         /// # Safety
         /// As [`Tile::tile`], inside [`Tile::session`].
         #[inline]
-        unsafe fn $name(left: *const u32, right: *const u32, units: usize, output: TileOutput) {
+        unsafe fn $name(left: *const u32, right: Panels, units: usize, output: TileOutput) {
             let (from, from_stride) = start(&output);
             // SAFETY: the caller promises the rows, panels and output that are read and written
             // here, and that the tiles are configured; nothing else touches tile registers.
@@ -127,8 +136,8 @@ macro_rules! tile {
             from_16 = in(reg) $from_stride * 16,
             a = inout(reg) $left => _,
             a_stride = in(reg) DEPTH * 4,
-            b = inout(reg) $right => _,
-            c = inout(reg) $right.wrapping_add($units * LANES) => _,
+            b = inout(reg) $right.first => _,
+            c = inout(reg) $right.first.wrapping_add($right.part) => _,
             b_stride = in(reg) 64_usize,
             to = inout(reg) $output.values => _,
             to_stride = in(reg) $output.stride * 4,

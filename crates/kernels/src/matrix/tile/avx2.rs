@@ -3,7 +3,7 @@
 #[allow(clippy::wildcard_imports, reason = "intrinsics are many and unmistakable")]
 use std::arch::x86_64::*;
 
-use super::{LANES, Tile, TileOutput, TileStart, portable};
+use super::{LANES, Panels, Tile, TileOutput, TileStart, no_pairs, portable};
 
 pub(crate) struct Avx2;
 
@@ -17,7 +17,7 @@ impl Tile for Avx2 {
     const BLOCK: usize = 384;
     const PAIRS: bool = false;
 
-    unsafe fn tile(left: *const u32, right: *const u32, units: usize, output: TileOutput) {
+    unsafe fn tile(left: *const u32, right: Panels, units: usize, output: TileOutput) {
         // SAFETY: as the caller promises.
         unsafe {
             match output.rows {
@@ -31,6 +31,8 @@ impl Tile for Avx2 {
         }
     }
 
+    no_pairs!();
+
     unsafe fn transpose(rows: &[*const u32; LANES], units: usize, panel: *mut u32) {
         // SAFETY: as the caller promises.
         unsafe { transpose(rows, units, panel) }
@@ -40,12 +42,7 @@ impl Tile for Avx2 {
 /// # Safety
 /// As [`Tile::tile`], with `R` rows and one panel.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn rows<const R: usize>(
-    left: *const u32,
-    right: *const u32,
-    units: usize,
-    output: TileOutput,
-) {
+unsafe fn rows<const R: usize>(left: *const u32, right: Panels, units: usize, output: TileOutput) {
     // SAFETY: the caller promises R rows of `units` units, a panel as long, and the output.
     unsafe {
         let mut sums = [[_mm256_setzero_ps(); 2]; R];
@@ -58,7 +55,7 @@ unsafe fn rows<const R: usize>(
             *low = _mm256_loadu_ps(from);
             *high = _mm256_loadu_ps(from.add(8));
         }
-        let (mut left, mut right) = (left.cast::<f32>(), right.cast::<f32>());
+        let (mut left, mut right) = (left.cast::<f32>(), right.first.cast::<f32>());
         for _ in 0..units {
             let lanes = [_mm256_load_ps(right), _mm256_load_ps(right.add(8))];
             for (r, sums) in sums.iter_mut().enumerate() {

@@ -3,7 +3,7 @@
 #[allow(clippy::wildcard_imports, reason = "intrinsics are many and unmistakable")]
 use std::arch::x86_64::*;
 
-use super::{LANES, Tile, TileOutput, TileStart, portable};
+use super::{LANES, Panels, Tile, TileOutput, TileStart, no_pairs, portable};
 
 pub(crate) struct Avx512;
 
@@ -18,10 +18,12 @@ impl Tile for Avx512 {
     const BLOCK: usize = 576;
     const PAIRS: bool = false;
 
-    unsafe fn tile(left: *const u32, right: *const u32, units: usize, output: TileOutput) {
+    unsafe fn tile(left: *const u32, right: Panels, units: usize, output: TileOutput) {
         // SAFETY: as the caller promises.
         unsafe { by_rows!(rows, left, right, units, output) }
     }
+
+    no_pairs!();
 
     unsafe fn transpose(rows: &[*const u32; LANES], units: usize, panel: *mut u32) {
         // SAFETY: as the caller promises.
@@ -51,15 +53,15 @@ pub(super) use by_rows;
 #[target_feature(enable = "avx512f")]
 unsafe fn rows<const R: usize, const P: usize>(
     left: *const u32,
-    right: *const u32,
+    right: Panels,
     units: usize,
     output: TileOutput,
 ) {
     // SAFETY: the caller promises R rows of `units` units, P panels as long, and the output.
     unsafe {
         let mut sums = start::<R, P>(&output);
-        let (mut left, mut right) = (left.cast::<f32>(), right.cast::<f32>());
-        let panel = units * LANES;
+        let panel = right.part;
+        let (mut left, mut right) = (left.cast::<f32>(), right.first.cast::<f32>());
         for _ in 0..units {
             let mut lanes = [_mm512_setzero_ps(); P];
             for (p, lanes) in lanes.iter_mut().enumerate() {

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use std::mem::transmute;
 
 use super::avx512::{DEPTH, by_rows, finish, start};
-use super::{LANES, Tile, TileOutput, avx512, portable};
+use super::{LANES, Panels, Tile, TileOutput, avx512, portable};
 
 pub(crate) struct Avx512Bf16;
 
@@ -16,7 +16,7 @@ impl Tile for Avx512Bf16 {
     const BLOCK: usize = 576;
     const PAIRS: bool = true;
 
-    unsafe fn tile(left: *const u32, right: *const u32, units: usize, output: TileOutput) {
+    unsafe fn tile(left: *const u32, right: Panels, units: usize, output: TileOutput) {
         // SAFETY: as the caller promises.
         unsafe { by_rows!(rows, left, right, units, output) }
     }
@@ -26,12 +26,12 @@ impl Tile for Avx512Bf16 {
         unsafe { avx512::transpose(rows, units, panel) }
     }
 
-    unsafe fn join(values: &[f32], units: &mut [u32]) {
+    unsafe fn join(values: &[f32], units: &mut [u32], _: usize) {
         // SAFETY: as the caller promises.
         unsafe { join(values, units) }
     }
 
-    unsafe fn join_rows(first: &[f32], second: Option<&[f32]>, units: &mut [u32]) {
+    unsafe fn join_rows(first: &[f32], second: Option<&[f32]>, units: &mut [u32], _: usize) {
         // SAFETY: as the caller promises.
         unsafe { join_rows(first, second, units) }
     }
@@ -42,7 +42,7 @@ impl Tile for Avx512Bf16 {
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn rows<const R: usize, const P: usize>(
     left: *const u32,
-    right: *const u32,
+    right: Panels,
     units: usize,
     output: TileOutput,
 ) {
@@ -50,8 +50,8 @@ unsafe fn rows<const R: usize, const P: usize>(
     // `__m512i` and `__m512bh` are both 64 plain bytes.
     unsafe {
         let mut sums = start::<R, P>(&output);
-        let (mut left, mut right) = (left.cast::<i32>(), right);
-        let panel = units * LANES;
+        let panel = right.part;
+        let (mut left, mut right) = (left.cast::<i32>(), right.first);
         for _ in 0..units {
             let mut lanes = [_mm512_setzero_si512(); P];
             for (p, lanes) in lanes.iter_mut().enumerate() {

@@ -1,10 +1,13 @@
 //! The innermost loops: one tile of the output, per instruction set.
 //!
 //! A *unit* is 32 bits: one `f32`, or two neighbouring bf16 of the reduction. A packed left tile is
-//! row-major `[rows, DEPTH]` units; packed right panels are `[panel][unit][16 outputs]`.
+//! row-major `[rows][PARTS][DEPTH / PARTS]` units, packed right panels are
+//! `[panel][PARTS][unit][16 outputs]`; there is more than one part where an `f32` is split.
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx_split;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -15,6 +18,14 @@ pub(crate) mod portable;
 
 /// Outputs that lie side by side in a packed right panel.
 pub(crate) const LANES: usize = 16;
+
+/// Packed right panels, from some unit on.
+#[derive(Clone, Copy)]
+pub(crate) struct Panels {
+    pub(crate) first: *const u32,
+    /// From one part of a panel to the next, or to the next panel's first.
+    pub(crate) part: usize,
+}
 
 /// What a tile starts from.
 #[derive(Clone, Copy)]
@@ -38,6 +49,25 @@ pub(crate) struct TileOutput {
     pub(crate) start: TileStart,
 }
 
+impl TileOutput {
+    /// The part of sixteen rows and one panel at a place.
+    ///
+    /// # Safety
+    /// The place lies inside.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn sixteen(self, row: usize, panel: usize) -> Self {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let start = match self.start {
+                TileStart::Bias(bias) => TileStart::Bias(bias.add(panel * LANES)),
+                start => start,
+            };
+            let values = self.values.add(row * 16 * self.stride + panel * LANES);
+            Self { values, rows: 16, panels: 1, start, ..self }
+        }
+    }
+}
+
 /// An instruction set's way to pack and to multiply.
 pub(crate) trait Tile {
     /// Most rows of a tile.
@@ -46,10 +76,14 @@ pub(crate) trait Tile {
     const ROW_GRANULE: usize = 1;
     /// Most panels of a tile.
     const PANELS: usize;
-    /// Units between rows of a packed left tile: the most units a block can have.
+    /// Parts a number is split into.
+    const PARTS: usize = 1;
+    /// Units between rows of a packed left tile: the most units a block can have, times the parts.
     const DEPTH: usize;
     /// Units a block is cut to where the reduction is long.
     const BLOCK: usize;
+    /// Units multiplied at a time for a row of tiles; a multiple of [`Self::UNIT_GRANULE`].
+    const STEP: usize = usize::MAX;
     /// Blocks are filled up with zero units to a multiple of this.
     const UNIT_GRANULE: usize = 1;
     /// Columns of the output that share one packed right part.
@@ -71,7 +105,7 @@ pub(crate) trait Tile {
     /// The processor has the instruction set; `left` holds `rows` rows `DEPTH` apart with `units`
     /// units each; `right` holds `panels` panels of `units` units; `output` describes memory this
     /// thread alone may write; the call is inside [`Self::session`].
-    unsafe fn tile(left: *const u32, right: *const u32, units: usize, output: TileOutput);
+    unsafe fn tile(left: *const u32, right: Panels, units: usize, output: TileOutput);
 
     /// Turns sixteen rows into a panel: `panel[unit * 16 + row] = rows[row][unit]`.
     ///
@@ -83,20 +117,33 @@ pub(crate) trait Tile {
         unsafe { portable::transpose(rows, units, panel) }
     }
 
-    /// Rounds numbers to bf16 and joins neighbours: `(values[2u], values[2u + 1])` is unit `u`; an
-    /// odd end is joined with zero.
+    /// Joins neighbours: `(values[2u], values[2u + 1])` is unit `u`; an odd end is joined with zero.
+    ///
+    /// Part `p` starts at `units[p * part]`. Only for tiles of pairs.
     ///
     /// # Safety
     /// The processor has the instruction set.
-    unsafe fn join(values: &[f32], units: &mut [u32]) {
-        portable::join(values, units);
-    }
+    unsafe fn join(values: &[f32], units: &mut [u32], part: usize);
 
-    /// Rounds two rows to bf16 and joins what lies one above the other; no second row is zero.
+    /// Joins what lies one above the other in two rows; no second row is zero.
+    ///
+    /// Part `p` starts at `units[p * part]`. Only for tiles of pairs.
     ///
     /// # Safety
     /// The processor has the instruction set.
-    unsafe fn join_rows(first: &[f32], second: Option<&[f32]>, units: &mut [u32]) {
-        portable::join_rows(first, second, units);
-    }
+    unsafe fn join_rows(first: &[f32], second: Option<&[f32]>, units: &mut [u32], part: usize);
 }
+
+/// For tiles of single numbers, which join nothing.
+macro_rules! no_pairs {
+    () => {
+        unsafe fn join(_: &[f32], _: &mut [u32], _: usize) {
+            unreachable!("units are single numbers")
+        }
+
+        unsafe fn join_rows(_: &[f32], _: Option<&[f32]>, _: &mut [u32], _: usize) {
+            unreachable!("units are single numbers")
+        }
+    };
+}
+use no_pairs;

@@ -5,7 +5,7 @@
     reason = "compiled once more inside each instruction set's functions"
 )]
 
-use super::{LANES, Tile, TileOutput, TileStart};
+use super::{LANES, Panels, Tile, TileOutput, TileStart, no_pairs};
 
 pub(crate) struct Portable;
 
@@ -18,7 +18,9 @@ impl Tile for Portable {
     const BLOCK: usize = 384;
     const PAIRS: bool = false;
 
-    unsafe fn tile(left: *const u32, right: *const u32, units: usize, output: TileOutput) {
+    no_pairs!();
+
+    unsafe fn tile(left: *const u32, right: Panels, units: usize, output: TileOutput) {
         // SAFETY: as the caller promises.
         unsafe {
             match output.rows {
@@ -32,7 +34,7 @@ impl Tile for Portable {
 }
 
 #[inline(always)]
-fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
+pub(crate) fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
     if cfg!(any(target_feature = "fma", target_arch = "aarch64")) {
         a.mul_add(b, c)
     } else {
@@ -43,12 +45,7 @@ fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
 /// # Safety
 /// As [`Tile::tile`], with `R` rows and one panel.
 #[inline(always)]
-unsafe fn rows<const R: usize>(
-    left: *const u32,
-    right: *const u32,
-    units: usize,
-    output: TileOutput,
-) {
+unsafe fn rows<const R: usize>(left: *const u32, right: Panels, units: usize, output: TileOutput) {
     let mut sums = [[0.0_f32; LANES]; R];
     for (r, sums) in sums.iter_mut().enumerate() {
         for (lane, sum) in sums.iter_mut().enumerate() {
@@ -64,7 +61,7 @@ unsafe fn rows<const R: usize>(
     }
     for unit in 0..units {
         // SAFETY: the panel holds `units` times sixteen `f32`.
-        let lanes = unsafe { &*right.add(unit * LANES).cast::<[f32; LANES]>() };
+        let lanes = unsafe { &*right.first.add(unit * LANES).cast::<[f32; LANES]>() };
         for (r, sums) in sums.iter_mut().enumerate() {
             // SAFETY: the tile has R rows of `units` units.
             let factor = unsafe { *left.add(r * DEPTH + unit).cast::<f32>() };
