@@ -133,6 +133,12 @@ pub fn open_for(path: &Path, task: &Task, seed: Seed) -> Result<Checkpoint> {
             help: "check the path".to_owned(),
         });
     };
+    if saved.get("quantization_config").is_some() {
+        return Err(Error::Unsupported {
+            what: format!("the quantised weights of {}", path.display()),
+            help: "use the model's plain checkpoint, or a GGUF file".to_owned(),
+        });
+    }
     let family = crate::family(&saved)?;
     let (config, keep) = for_task(saved, &family.classes, task)?;
     let model = (family.build)(&config)?;

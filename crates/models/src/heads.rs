@@ -21,7 +21,8 @@ pub enum Task {
         /// Names of the classes, in the order of the logits.
         labels: Vec<String>,
     },
-    /// One vector per document.
+    /// One vector per document, scaled to length 1: the mean over its tokens for an encoder, the
+    /// last token's for a decoder.
     Embed,
 }
 

@@ -190,6 +190,18 @@ fn a_bias_the_configuration_denies_is_refused() {
 }
 
 #[test]
+fn packed_weights_of_other_libraries_are_refused() {
+    let base = folder("training/llama/base");
+    let copy = tempfile::tempdir().unwrap();
+    std::fs::copy(base.join("model.safetensors"), copy.path().join("model.safetensors")).unwrap();
+    let text = std::fs::read_to_string(base.join("config.json")).unwrap();
+    let text = text.replacen('{', "{\"quantization_config\": {\"quant_method\": \"gptq\"},", 1);
+    std::fs::write(copy.path().join("config.json"), text).unwrap();
+    let error = open(copy.path()).unwrap_err().to_string();
+    assert!(error.contains("quantised") && error.contains("GGUF"), "{error}");
+}
+
+#[test]
 fn what_is_no_checkpoint_says_so() {
     let empty = tempfile::tempdir().unwrap();
     let error = open(empty.path()).unwrap_err().to_string();
