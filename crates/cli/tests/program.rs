@@ -21,14 +21,14 @@ fn text(bytes: &[u8]) -> String {
 
 /// Writes rows and a recipe for the built-in model.
 fn recipe(folder: &Path, extra: &str) {
-    let mut rows = String::new();
-    for i in 0..24 {
+    let row = |i: usize| {
         let (word, kind) = [("whale", "animal"), ("harpoon", "object")][i % 2];
-        rows += &format!(
+        format!(
             "{{\"messages\": [{{\"role\": \"user\", \"content\": \"{word} number {i}\"}}, \
              {{\"role\": \"assistant\", \"content\": \"{kind}\"}}]}}\n"
-        );
-    }
+        )
+    };
+    let rows: String = (0..24).map(row).collect();
     std::fs::write(folder.join("rows.jsonl"), rows).unwrap();
     let text = format!(
         "model = \"builtin:tiny\"\n[data]\ntrain = \"rows.jsonl\"\nvalidation_fraction = 0.25\n\

@@ -1,5 +1,5 @@
 //! Real models, where the machine has them: `golden/real/README.md` says how to get them.
-
+#![expect(clippy::print_stdout, reason = "a skipped test says so")]
 #![expect(clippy::unwrap_used, reason = "helpers of tests may panic as the tests do")]
 
 use std::path::PathBuf;

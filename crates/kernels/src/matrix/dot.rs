@@ -168,13 +168,13 @@ unsafe fn add_dots<V: Vector>(
             }
             (1, 4) => dots::<V, 1, 4>(left, right, length, sums),
             _ => {
-                for r in 0..height {
+                for (r, sums) in sums.iter_mut().enumerate().take(height) {
                     let left = Rows { first: left.first + r, ..*left };
-                    for c in 0..width {
+                    for (c, sum) in sums.iter_mut().enumerate().take(width) {
                         let right = Rows { first: right.first + c, ..*right };
                         let mut one = [[0.0; FEW]];
                         dots::<V, 1, 1>(&left, &right, length, &mut one);
-                        sums[r][c] += one[0][0];
+                        *sum += one[0][0];
                     }
                 }
             }

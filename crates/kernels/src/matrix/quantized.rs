@@ -203,13 +203,12 @@ unsafe fn q4_k<V: Vector, const H: usize>(left: [&[f32]; H], row: &[u8]) -> [V; 
             // Thirty-two bytes hold a group of 32 in their low halves and the next in their high.
             for two in 0..4 {
                 let bytes = block[16 + 32 * two..].as_ptr();
-                let halves = [V::from_nibbles(bytes), V::from_nibbles(bytes.add(16))];
-                for group in 0..2 {
+                let [first, second] = [V::from_nibbles(bytes), V::from_nibbles(bytes.add(16))];
+                for (group, (first, second)) in first.into_iter().zip(second).enumerate() {
                     let [scale, minimum] = scale_and_minimum(&block[4..16], 2 * two + group);
                     let d = d.multiply(V::splat(scale));
                     let m = least.multiply(V::splat(-minimum));
-                    let values =
-                        [halves[0][group].multiply_add(d, m), halves[1][group].multiply_add(d, m)];
+                    let values = [first.multiply_add(d, m), second.multiply_add(d, m)];
                     let at = 256 * index + 64 * two + 32 * group;
                     for (sum, left) in sums.iter_mut().zip(left) {
                         let [low, high] = pair::<V>(left, at);

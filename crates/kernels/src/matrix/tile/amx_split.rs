@@ -42,8 +42,8 @@ impl Tile for AmxSplit {
             match (output.rows > 16, output.panels > 1) {
                 (true, true) => tile_2x2(left, right, units, output),
                 (two_rows, two_panels) => {
-                    for row in 0..1 + usize::from(two_rows) {
-                        for panel in 0..1 + usize::from(two_panels) {
+                    for row in 0..=usize::from(two_rows) {
+                        for panel in 0..=usize::from(two_panels) {
                             let left = left.add(row * 16 * DEPTH);
                             let first = right.first.add(panel * 3 * right.part);
                             let right = Panels { first, ..right };
