@@ -8,7 +8,7 @@ use crate::matrix::PackedMatrix;
 
 /// Holds a matrix `[vocabulary, width]`, frozen or trainable.
 ///
-/// A clone is a reference count: a tied model hands the same table to [`embed`](crate::embed) and
+/// A clone is a reference count: a tied model hands the same table to [`embed`](crate::embed()) and
 /// [`token_losses`](crate::token_losses), and its gradient is the sum of both.
 #[derive(Clone, Debug)]
 #[expect(clippy::large_enum_variant, reason = "a model holds one or two of them")]

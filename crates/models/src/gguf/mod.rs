@@ -1,7 +1,7 @@
 //! GGUF files: read as a checkpoint under the names of the Hugging Face classes, and written.
 //!
 //! llama.cpp stores some families differently from their library classes. What is undone on
-//! reading and done again on writing is listed once, in [`Arch`].
+//! reading and done again on writing is listed once, in `Arch`.
 
 mod adapter;
 mod config;
