@@ -118,7 +118,7 @@ mod tests {
     fn from(pairs: &[(&str, &str)]) -> Result<HubEnvironment, HubError> {
         let pairs: Vec<_> =
             pairs.iter().map(|(k, v)| ((*k).to_owned(), OsString::from(v))).collect();
-        HubEnvironment::from_variables("/work", move |name| {
+        HubEnvironment::from_variables("/here", move |name| {
             pairs.iter().find(|(key, _)| key == name).map(|(_, value)| value.clone())
         })
     }
@@ -145,7 +145,7 @@ mod tests {
             ("HF_HUB_OFFLINE", "Yes"),
         ])
         .unwrap();
-        assert_eq!(environment.cache, Path::new("/work/models"));
+        assert_eq!(environment.cache, Path::new("/here/models"));
         assert_eq!(environment.hf_cache, Path::new("/hf/hub"));
         assert_eq!(environment.hf_endpoint, "http://mirror:8080");
         assert_eq!(environment.hf_token.as_deref(), Some("hf_secret"));
@@ -185,7 +185,7 @@ mod tests {
     fn a_tilde_is_the_home_folder() {
         let environment = from(&[("HOME", "/home/p")]).unwrap();
         assert_eq!(environment.local_path("~/m"), Path::new("/home/p/m"));
-        assert_eq!(environment.local_path("m"), Path::new("/work/m"));
+        assert_eq!(environment.local_path("m"), Path::new("/here/m"));
         assert_eq!(environment.local_path("/m"), Path::new("/m"));
     }
 }

@@ -18,6 +18,9 @@ use retune_data::template::{ChatTemplate, Date, TemplateSettings};
 use retune_data::tokenizer::Tokenizer;
 use retune_train::training::BatchSource;
 
+/// Rows of larger files are read and tokenised again whenever they are needed.
+const IN_MEMORY_BYTES: u64 = 1 << 30;
+
 /// The three sets of rows a run works with.
 #[derive(Debug)]
 pub struct Splits {
@@ -185,7 +188,10 @@ impl Rows<'_> {
             ..PrepareOptions::default()
         };
         let preparer = Preparer::new(self.tokenizer.clone(), self.template()?, prepare)?;
-        Ok(Dataset::prepare(file, &shape, preparer, labels, Keep::InMemory)?)
+        // A missing length is no reason to stop: the reader has opened the file already.
+        let bytes = std::fs::metadata(path).map_or(0, |meta| meta.len());
+        let keep = if bytes > IN_MEMORY_BYTES { Keep::OnDisk } else { Keep::InMemory };
+        Ok(Dataset::prepare(file, &shape, preparer, labels, keep)?)
     }
 
     /// Compiles the tokenizer's chat template, if it has one.
