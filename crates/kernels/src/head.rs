@@ -1,9 +1,15 @@
 //! Cross-entropy fused with the output head.
 
+use std::sync::Arc;
+
+use burn_flex::FlexTensor;
 use tensor::activation::log_softmax;
 use tensor::{Bool, IndexingUpdateOp, Int, Tensor, TensorData};
 
+use crate::matrix::PackedMatrix;
+use crate::parallel::each;
 use crate::table::Table;
+use crate::tape::{Operation, apply, from_values, is_fast, values};
 
 /// What lies between the product with the head and the soft-max.
 #[derive(Clone, Debug)]
@@ -48,7 +54,116 @@ pub fn token_losses(
     if let Some(label) = labels.iter().flatten().max() {
         assert!((*label as usize) < rows, "token_losses: label {label} in a vocabulary of {rows}");
     }
+    if let (Table::Frozen(matrix), None) = (head, &options.bias)
+        && is_fast(&x)
+        && tokens > 0
+    {
+        let operation = FrozenHead {
+            matrix: Arc::clone(matrix),
+            labels: labels.into(),
+            scale: options.scale,
+            soft_cap: options.soft_cap,
+        };
+        return Tensor::from_dispatch(apply(operation, [x.into_dispatch()]));
+    }
     reference(x, head, labels, options)
+}
+
+/// Labelled tokens whose logits exist at once.
+const CHUNK: usize = 64;
+
+/// Cross-entropy with a frozen head, without the logits of the whole batch.
+///
+/// A token's loss depends on its own state only, so the gradient for an upstream gradient of 1 is
+/// made while the logits are there; backward multiplies each row by its own number.
+#[derive(Clone, Debug)]
+struct FrozenHead {
+    matrix: Arc<PackedMatrix>,
+    labels: Arc<[Option<u32>]>,
+    scale: f64,
+    soft_cap: Option<f64>,
+}
+
+impl FrozenHead {
+    /// Returns place and label of each labelled token.
+    fn labelled(&self) -> Vec<(usize, usize)> {
+        let of = |(place, label): (usize, &Option<u32>)| Some((place, (*label)? as usize));
+        self.labels.iter().enumerate().filter_map(of).collect()
+    }
+
+    /// Returns the loss of one token, and leaves its gradient in place of the logits.
+    fn loss(&self, logits: &mut [f32], label: usize) -> f32 {
+        let (scale, cap) = (self.scale as f32, self.soft_cap.map(|cap| cap as f32));
+        let bent = |logit: f32| {
+            let logit = logit * scale;
+            cap.map_or(logit, |cap| cap * (logit / cap).tanh())
+        };
+        let largest = logits.iter().fold(f32::NEG_INFINITY, |top, l| top.max(bent(*l)));
+        let sum: f64 = logits.iter().map(|l| f64::from((bent(*l) - largest).exp())).sum();
+        let loss = f64::from(largest) + sum.ln() - f64::from(bent(logits[label]));
+        let inverse = (1.0 / sum) as f32;
+        for (word, logit) in logits.iter_mut().enumerate() {
+            let value = bent(*logit);
+            let share = (value - largest).exp() * inverse - f32::from(u8::from(word == label));
+            let slope = cap.map_or(scale, |cap| scale * (1.0 - (value / cap).powi(2)));
+            *logit = share * slope;
+        }
+        loss as f32
+    }
+}
+
+impl Operation<1> for FrozenHead {
+    /// `[labelled tokens, width]`, the gradient of each loss for its token; empty if unwanted.
+    type Saved = Arc<[f32]>;
+
+    fn forward(&self, [x]: [FlexTensor; 1], [wanted]: [bool; 1]) -> (FlexTensor, Self::Saved) {
+        let (width, words) = (self.matrix.columns(), self.matrix.rows());
+        let labelled = self.labelled();
+        let mut losses = vec![0.0; self.labels.len()];
+        let mut unit = vec![0.0; if wanted { labelled.len() * width } else { 0 }];
+        let x = values(&x);
+        for (index, chunk) in labelled.chunks(CHUNK).enumerate() {
+            let rows: Vec<f32> = chunk
+                .iter()
+                .flat_map(|(place, _)| x[place * width..(place + 1) * width].iter().copied())
+                .collect();
+            let mut logits = vec![0.0; chunk.len() * words];
+            self.matrix.multiply(&rows, chunk.len(), &mut logits, None);
+            let mut found = vec![0.0; chunk.len()];
+            each(
+                logits.chunks_mut(words).zip(chunk).zip(&mut found),
+                |((logits, (_, label)), found)| *found = self.loss(logits, *label),
+            );
+            for ((place, _), loss) in chunk.iter().zip(found) {
+                losses[*place] = loss;
+            }
+            if wanted {
+                let out = &mut unit[index * CHUNK * width..][..chunk.len() * width];
+                self.matrix.multiply_transposed(&logits, chunk.len(), out);
+            }
+        }
+        (from_values(losses, [self.labels.len()]), unit.into())
+    }
+
+    fn backward(
+        &self,
+        saved: Self::Saved,
+        gradient: FlexTensor,
+        [wanted]: [bool; 1],
+    ) -> [Option<FlexTensor>; 1] {
+        let width = self.matrix.columns();
+        let upstream = values(&gradient);
+        [wanted.then(|| {
+            let mut dx = vec![0.0; self.labels.len() * width];
+            for ((place, _), unit) in self.labelled().into_iter().zip(saved.chunks_exact(width)) {
+                let row = &mut dx[place * width..(place + 1) * width];
+                for (d, u) in row.iter_mut().zip(unit) {
+                    *d = u * upstream[place];
+                }
+            }
+            from_values(dx, [self.labels.len(), width])
+        })]
+    }
 }
 
 /// Computes [`token_losses`] out of tensor operations, on every device and in every float type.
@@ -95,11 +210,9 @@ pub fn reference(
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::check::{Input, Numbers, agree, close, differences, numbers, vector};
-    use crate::matrix::{Form, PackedMatrix};
+    use crate::matrix::Form;
     use tensor::Device;
 
     struct Case {
