@@ -33,7 +33,8 @@ pub(crate) fn blocks<T: Tile>(terms: &[Term]) -> Vec<Block> {
         // Pairs never span two pieces, so pieces begin at even numbers.
         let granule = if granule.is_multiple_of(width) { granule } else { width * granule };
         let parts = term.length.div_ceil(T::BLOCK * width).max(1);
-        let part = term.length.div_ceil(parts).next_multiple_of(granule);
+        let most = T::BLOCK * width / granule * granule;
+        let part = term.length.div_ceil(parts).next_multiple_of(granule).min(most);
         let mut from = 0;
         while from < term.length {
             let range = from..term.length.min(from + part);
