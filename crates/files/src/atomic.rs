@@ -95,14 +95,7 @@ pub struct WriteError {
     pub source: io::Error,
 }
 
-impl WriteError {
-    /// Says why a file that only grows could not grow.
-    pub(crate) fn appending(path: &Path, source: io::Error) -> Self {
-        let preserved = if path.exists() { Preserved::Previous } else { Preserved::Nothing };
-        let cause = Cause::of(&source);
-        Self { path: path.to_path_buf(), action: "append to", cause, preserved, source }
-    }
-}
+impl WriteError {}
 
 /// A target and the hidden sibling its content is written to first.
 #[derive(Debug)]

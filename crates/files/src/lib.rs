@@ -14,7 +14,6 @@ mod near;
 pub mod numbers;
 mod placed;
 pub mod safetensors;
-pub mod tfevents;
 
 pub use bytes::{FileBytes, FileSlice};
 pub use digest::{sha256, sha256_file};

@@ -244,7 +244,7 @@ fn forecast(
     let trains: std::collections::BTreeSet<&str> = method
         .parameters
         .iter()
-        .filter(|p| p.trains && recipe.method_name == "full")
+        .filter(|p| p.trains && spec.weight(&p.place).is_some_and(|w| w.shape == p.shape))
         .map(|p| p.place.as_str())
         .collect();
     let bytes_per_value = match packing.form {
@@ -277,7 +277,9 @@ fn forecast(
         _ => 0.0,
     };
     // Forward and the input's gradient; a weight's own gradient where the weight trains.
-    let passes = if recipe.method_name == "full" { 3.0 } else { 2.0 };
+    let trained = spec.linears().filter(|weight| trains.contains(weight.name.as_str()));
+    let trained: f64 = trained.map(|weight| weight.count() as f64).sum();
+    let passes = 2.0 + trained / linear.max(1.0);
     let passes = passes + if recompute { 1.0 } else { 0.0 };
     let step_tokens = tokens as f64 * recipe.train.accumulation as f64;
     Forecast {
