@@ -95,8 +95,6 @@ pub struct WriteError {
     pub source: io::Error,
 }
 
-impl WriteError {}
-
 /// A target and the hidden sibling its content is written to first.
 #[derive(Debug)]
 struct Staged {
