@@ -1,0 +1,1 @@
+//! Empty on purpose: see the comment in this crate's `Cargo.toml`.
