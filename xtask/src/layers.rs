@@ -26,7 +26,7 @@ const RULES: &[(&str, Allowed)] = &[
     ("models", ON_CORE),
     ("methods", ON_CORE),
     ("train", ON_CORE),
-    ("merge", ON_CORE),
+    ("merge", Allowed::These(&["files", "options"])),
     ("inspect", ON_CORE),
     ("search", ON_CORE),
     ("evaluate", ON_CORE),
