@@ -19,6 +19,10 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+fn text_of(out: &Output) -> String {
+    text(&out.stderr)
+}
+
 /// Writes rows and a recipe for the built-in model.
 fn recipe(folder: &Path, extra: &str) {
     let row = |i: usize| {
@@ -45,7 +49,7 @@ fn a_run_leaves_everything_it_promises() {
     let out = retune(folder.path(), &["run", "small.toml"]);
     assert!(out.status.success(), "{}{}", text(&out.stdout), text(&out.stderr));
     let shown = text(&out.stdout);
-    assert!(shown.contains("accuracy") && shown.contains("run folder"), "{shown}");
+    assert!(shown.contains("acc_norm") && shown.contains("run folder"), "{shown}");
     let run = folder.path().join("runs/small-1");
     for file in [
         "recipe.toml",
@@ -111,6 +115,23 @@ fn a_recipe_with_mistakes_shows_them_all_and_exits_with_2() {
     assert!(shown.contains("stepz") && shown.contains("steps"), "{shown}");
     assert!(shown.contains("beta1"), "{shown}");
     assert!(!folder.path().join("runs").exists(), "nothing was begun");
+}
+
+#[test]
+fn a_choice_no_answer_could_win_is_refused_before_step_1() {
+    let folder = tempfile::tempdir().unwrap();
+    recipe(folder.path(), "");
+    let file = folder.path().join("small.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    for (choices, said) in
+        [("[\"animals\", \"object\"]", "nearest: animals"), ("[\"animal\"]", "1 choices")]
+    {
+        std::fs::write(&file, format!("{text}choices = {choices}\n")).unwrap();
+        let out = retune(folder.path(), &["run", "small.toml"]);
+        assert_eq!(out.status.code(), Some(1));
+        assert!(text_of(&out).contains(said), "{}", text_of(&out));
+        assert!(!folder.path().join("runs").exists(), "nothing was begun");
+    }
 }
 
 #[test]

@@ -1,13 +1,14 @@
-//! BERT: an encoder with learned positions, token types and norms behind the residual sums.
+//! BERT and RoBERTa: encoders with learned positions, token types and norms behind the residual sums.
 //!
-//! As a bare model it gives sentence embeddings, with a classifier on its pooler class logits.
+//! As a bare model each gives sentence embeddings; with a classifier class logits, from BERT's
+//! pooler or RoBERTa's head of two layers.
 //! Dropout of hidden states is applied while training; dropout of attention weights is not, as
 //! fused attention never holds them.
 
 use std::sync::Arc;
 
 use crate::activation;
-use crate::config::{Config, MAX_LAYERS};
+use crate::config::{Config, MAX_LAYERS, MAX_SIDE};
 use crate::heads::{Classes, Pooling, Purpose, pool, unit_rows};
 use crate::weight_list::WeightList;
 use retune_core::kernels::{Activation, AttentionOptions, activate};
@@ -26,10 +27,39 @@ pub(crate) const BERT: Classes = Classes {
     prefix: "bert.",
 };
 
-/// A BERT.
+/// The classes of RoBERTa.
+pub(crate) const ROBERTA: Classes = Classes {
+    language: "",
+    classifier: "RobertaForSequenceClassification",
+    bare: "RobertaModel",
+    prefix: "roberta.",
+};
+
+/// The classes of XLM-RoBERTa: RoBERTa with another tokenizer.
+pub(crate) const XLM_ROBERTA: Classes = Classes {
+    classifier: "XLMRobertaForSequenceClassification",
+    bare: "XLMRobertaModel",
+    ..ROBERTA
+};
+
+/// What tells RoBERTa from BERT.
+#[derive(Debug, Clone, Copy)]
+struct Family {
+    architecture: &'static str,
+    classes: Classes,
+    /// Number of the first token's position: RoBERTa counts from behind the padding token's number.
+    first_position: usize,
+    /// The two linear layers between the first token's state and the class logits.
+    head: [&'static str; 2],
+    /// Whether the first of them lies in the body, and only its result is dropped out.
+    pooler: bool,
+}
+
+/// A BERT or RoBERTa.
 #[derive(Debug)]
 pub(crate) struct Bert {
     spec: Arc<ModelSpec>,
+    family: Family,
     prefix: &'static str,
     epsilon: f64,
     activation: Activation,
@@ -44,6 +74,55 @@ pub(crate) struct Bert {
 /// # Errors
 /// If a number is missing or impossible, or a feature is unknown.
 pub(crate) fn bert(config: &Config) -> Result<Box<dyn Model>> {
+    let family = Family {
+        architecture: "bert",
+        classes: BERT,
+        first_position: 0,
+        head: ["pooler.dense", "classifier"],
+        pooler: true,
+    };
+    encoder(config, family)
+}
+
+/// Builds a RoBERTa.
+///
+/// # Errors
+/// As [`bert`].
+pub(crate) fn roberta(config: &Config) -> Result<Box<dyn Model>> {
+    roberta_like(config, "roberta", ROBERTA)
+}
+
+/// Builds an XLM-RoBERTa.
+///
+/// # Errors
+/// As [`bert`].
+pub(crate) fn xlm_roberta(config: &Config) -> Result<Box<dyn Model>> {
+    roberta_like(config, "xlm-roberta", XLM_ROBERTA)
+}
+
+fn roberta_like(
+    config: &Config,
+    architecture: &'static str,
+    classes: Classes,
+) -> Result<Box<dyn Model>> {
+    let padding = match config.get("pad_token_id") {
+        None => 1,
+        Some(id) => id
+            .as_u64()
+            .filter(|id| *id < MAX_SIDE as u64)
+            .ok_or_else(|| config.unknown("pad_token_id", "a token's number"))?,
+    };
+    let family = Family {
+        architecture,
+        classes,
+        first_position: padding as usize + 1,
+        head: ["classifier.dense", "classifier.out_proj"],
+        pooler: false,
+    };
+    encoder(config, family)
+}
+
+fn encoder(config: &Config, family: Family) -> Result<Box<dyn Model>> {
     if config.switch("is_decoder", false)? {
         return Err(Error::Unsupported {
             what: "a BERT that is a decoder (`is_decoder`)".to_owned(),
@@ -64,8 +143,12 @@ pub(crate) fn bert(config: &Config) -> Result<Box<dyn Model>> {
     let vocabulary = config.side("vocab_size")?;
     let positions = config.optional_side("max_position_embeddings")?.unwrap_or(512);
     let num_types = config.optional_side("type_vocab_size")?.unwrap_or(2);
-    let (class, purpose) = BERT.read(config)?;
-    let prefix = BERT.prefix(&purpose);
+    if positions <= family.first_position {
+        let expected = format!("more than {}, the first position", family.first_position);
+        return Err(config.unknown("max_position_embeddings", &expected));
+    }
+    let (class, purpose) = family.classes.read(config)?;
+    let prefix = family.classes.prefix(&purpose);
 
     let mut weights = WeightList::default();
     let embeddings = format!("{prefix}embeddings");
@@ -93,16 +176,17 @@ pub(crate) fn bert(config: &Config) -> Result<Box<dyn Model>> {
     }
     let head = match purpose {
         Purpose::Classes(labels) => {
-            let pooler = format!("{prefix}pooler.dense");
-            weights.linear(&pooler, [width, width], true, Role::Pooler, None);
-            weights.linear("classifier", [labels.len(), width], true, Role::Head, None);
+            let [dense, out] = family.head_modules(prefix);
+            let role = if family.pooler { Role::Pooler } else { Role::Head };
+            weights.linear(&dense, [width, width], true, role, None);
+            weights.linear(&out, [labels.len(), width], true, Role::Head, None);
             Head::Classes { labels }
         }
         // The pooler of a bare model takes no part in a sentence embedding.
         Purpose::Embedding | Purpose::Language => Head::Embedding,
     };
     let spec = ModelSpec {
-        architecture: "bert".to_owned(),
+        architecture: family.architecture.to_owned(),
         class: class.to_owned(),
         num_layers,
         width,
@@ -111,7 +195,7 @@ pub(crate) fn bert(config: &Config) -> Result<Box<dyn Model>> {
         num_key_heads: heads,
         head_width: width / heads,
         vocabulary,
-        max_positions: positions,
+        max_positions: positions - family.first_position,
         causal: false,
         weights: weights.0,
         head,
@@ -122,6 +206,7 @@ pub(crate) fn bert(config: &Config) -> Result<Box<dyn Model>> {
     let hidden_dropout = config.rate("hidden_dropout_prob", 0.1)?;
     Ok(Box::new(Bert {
         spec: Arc::new(spec),
+        family,
         prefix,
         epsilon: config.positive("layer_norm_eps")?.unwrap_or(1e-12),
         activation: activation(config, "hidden_act", "gelu")?,
@@ -130,6 +215,14 @@ pub(crate) fn bert(config: &Config) -> Result<Box<dyn Model>> {
         hidden_dropout,
         classifier_dropout: config.rate("classifier_dropout", hidden_dropout)?,
     }))
+}
+
+impl Family {
+    fn head_modules(&self, prefix: &str) -> [String; 2] {
+        let [dense, out] = self.head;
+        let dense = if self.pooler { format!("{prefix}{dense}") } else { dense.to_owned() };
+        [dense, out.to_owned()]
+    }
 }
 
 impl Bert {
@@ -159,7 +252,8 @@ impl Model for Bert {
         let module = format!("{}embeddings", self.prefix);
         let types = self.token_types(pass)?;
         let batch = pass.batch();
-        let positions: Vec<u32> = batch.positions.iter().map(|p| *p as u32).collect();
+        let first = self.family.first_position;
+        let positions: Vec<u32> = batch.positions.iter().map(|p| (p + first) as u32).collect();
         let x = pass.embed(&format!("{module}.word_embeddings"), &batch.tokens)?
             + pass.embed(&format!("{module}.token_type_embeddings"), &types)?;
         let x = x + pass.embed(&format!("{module}.position_embeddings"), &positions)?;
@@ -195,10 +289,13 @@ impl Model for Bert {
         if self.spec.head == Head::Embedding {
             return Ok(Output::Embeddings(unit_rows(pool(pass, x, Pooling::Mean)?)));
         }
-        let first = pool(pass, x, Pooling::First)?;
-        let pooled = pass.linear(&format!("{}pooler.dense", self.prefix), first)?;
-        let pooled = activate(pooled, Activation::Tanh);
+        let [dense, out] = self.family.head_modules(self.prefix);
+        let mut first = pool(pass, x, Pooling::First)?;
+        if !self.family.pooler {
+            first = pass.dropout(first, self.classifier_dropout);
+        }
+        let pooled = activate(pass.linear(&dense, first)?, Activation::Tanh);
         let pooled = pass.dropout(pooled, self.classifier_dropout);
-        Ok(Output::Classes(pass.linear("classifier", pooled)?))
+        Ok(Output::Classes(pass.linear(&out, pooled)?))
     }
 }

@@ -10,7 +10,7 @@
 //! | Qwen 2, Qwen 3 | language, classes, embedding | folder, GGUF |
 //! | Gemma 2, Gemma 3 (text) | language, classes, embedding | folder, GGUF |
 //! | GPT-2 | language, classes, embedding | folder |
-//! | BERT | classes, embedding | folder |
+//! | BERT, RoBERTa, XLM-RoBERTa | classes, embedding | folder |
 
 mod bert;
 mod checkpoint;
@@ -59,6 +59,8 @@ const FAMILIES: &[Family] = &[
     Family { kind: "gemma3_text", classes: gemma3::GEMMA3, build: gemma3::gemma3 },
     Family { kind: "gpt2", classes: gpt2::GPT2, build: gpt2::gpt2 },
     Family { kind: "bert", classes: bert::BERT, build: bert::bert },
+    Family { kind: "roberta", classes: bert::ROBERTA, build: bert::roberta },
+    Family { kind: "xlm-roberta", classes: bert::XLM_ROBERTA, build: bert::xlm_roberta },
 ];
 
 /// Returns every `model_type` that can be built.

@@ -58,7 +58,7 @@ fn families_pack() {
         .filter(|path| path.is_dir())
         .collect();
     cases.sort();
-    assert_eq!(cases.len(), 10, "{cases:?}");
+    assert_eq!(cases.len(), 11, "{cases:?}");
     for case in cases {
         let expected = Tensors::at(&case.join("expected.safetensors"));
         check(&case, &expected.rows(), &expected, &case.display().to_string());

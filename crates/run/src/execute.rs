@@ -12,6 +12,7 @@ use crate::environment::Environment;
 use crate::error::{Error, Result};
 use crate::folder::{EventLog, RunFolder, read_events};
 use crate::measure::Measurement;
+use crate::prefetch::Prefetched;
 use crate::prepare::Prepared;
 use crate::recipe::Recipe;
 use retune_core::change::Changes;
@@ -121,7 +122,7 @@ impl Validation for ValidationLoss<'_> {
 }
 
 fn walk(
-    mut prepared: Prepared,
+    prepared: Prepared,
     folder: RunFolder,
     resumed: bool,
     environment: &mut Environment<'_>,
@@ -193,7 +194,7 @@ fn walk(
     {
         let mut all = All(vec![observer, &mut log]);
         training.walk(
-            &mut prepared.batches,
+            &mut Prefetched::new(prepared.batches.clone(), plan.num_steps),
             validation.as_mut().map(|v| v as &mut dyn Validation),
             &mut all,
         )?;

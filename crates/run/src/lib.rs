@@ -14,6 +14,7 @@ pub mod folder;
 pub mod measure;
 pub mod open;
 pub mod plan;
+pub mod prefetch;
 pub mod prepare;
 pub mod recipe;
 pub mod rows;

@@ -12,6 +12,7 @@ use retune_core::spec::Head;
 use retune_data::shape::Example;
 use retune_data::template::ChatTemplate;
 use retune_data::tokenizer::Tokenizer;
+use retune_evaluate::choice::rank;
 use retune_evaluate::generate::{Generation, Prompt, generate};
 use retune_evaluate::likelihood::{Budget, Request, log_likelihoods};
 use retune_evaluate::metrics::{exact_match, mean, same_words, standard_error, word_f1};
@@ -166,8 +167,9 @@ impl Measure<'_> {
             _ => self.options.examples.min(questions.len()),
         };
         if self.options.kind == EvaluationKind::Choice && !questions.is_empty() {
-            let right = self.choose(tuned, &questions)?;
-            put("accuracy", mean(&right).unwrap_or(f64::NAN), standard_error(&right));
+            for (name, right) in self.choose(tuned, &questions)? {
+                put(name, mean(&right).unwrap_or(f64::NAN), standard_error(&right));
+            }
         }
         if wanted == 0 {
             return Ok(out);
@@ -209,8 +211,14 @@ impl Measure<'_> {
             .collect()
     }
 
-    /// Scores every choice after every question; 1 where the likeliest is the right one.
-    fn choose(&self, tuned: &Tuned<'_>, questions: &[Question]) -> Result<Vec<f64>> {
+    /// Scores every choice after every question, as lm-evaluation-harness does: 1 where the
+    /// likeliest choice is the right one (`acc`), and where the likeliest per character is
+    /// (`acc_norm`).
+    fn choose(
+        &self,
+        tuned: &Tuned<'_>,
+        questions: &[Question],
+    ) -> Result<[(&'static str, Vec<f64>); 2]> {
         let choices: Vec<Vec<u32>> = self
             .choices
             .iter()
@@ -226,16 +234,15 @@ impl Measure<'_> {
             })
             .collect();
         let scores = log_likelihoods(tuned, &requests, &Budget::default())?;
-        let right = questions.iter().zip(scores.chunks(choices.len().max(1))).map(|(q, scores)| {
-            let best = scores
-                .iter()
-                .enumerate()
-                .fold((0, f64::NEG_INFINITY), |best, (place, score)| {
-                    if score.sum > best.1 { (place, score.sum) } else { best }
-                })
-                .0;
-            f64::from(u8::from(self.choices.get(best).is_some_and(|c| *c == q.reference)))
-        });
-        Ok(right.collect())
+        let (mut acc, mut acc_norm) = (Vec::new(), Vec::new());
+        for (question, scores) in questions.iter().zip(scores.chunks(choices.len().max(1))) {
+            let sums: Vec<f64> = scores.iter().map(|score| score.sum).collect();
+            let ranking = rank(&sums, &self.choices)?;
+            let right =
+                |place: usize| f64::from(u8::from(self.choices[place] == question.reference));
+            acc.push(right(ranking.raw));
+            acc_norm.push(right(ranking.per_character));
+        }
+        Ok([("acc", acc), ("acc_norm", acc_norm)])
     }
 }

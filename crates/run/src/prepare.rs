@@ -1,12 +1,13 @@
 //! Everything before step 1: the model found and opened, rows prepared, the plan made.
 
 use crate::environment::Environment;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::measure::{Measure, answers_seen};
 use crate::open::{Located, Opened};
 use crate::plan::Plan;
 use crate::recipe::{EvaluationKind, Recipe};
 use crate::rows::{Rows, Splits, Subset, TrainBatches};
+use retune_core::names::nearest_list;
 use retune_core::random::Seed;
 use retune_data::labels::Labels;
 use retune_data::template::{ChatTemplate, Date};
@@ -82,7 +83,45 @@ impl Prepared {
             }
             _ => recipe.evaluate.choices.clone(),
         };
-        Ok(Self { recipe, located, tokenizer, template, opened, splits, batches, plan, choices })
+        let prepared =
+            Self { recipe, located, tokenizer, template, opened, splits, batches, plan, choices };
+        prepared.check_choices()?;
+        Ok(prepared)
+    }
+
+    /// Refuses a choice that no row could get right.
+    fn check_choices(&self) -> Result<()> {
+        if self.recipe.evaluate.kind != EvaluationKind::Choice {
+            return Ok(());
+        }
+        let wrong = |what: String, expected: &str, found: String, help: &str| {
+            let (expected, help) = (expected.to_owned(), help.to_owned());
+            Err(Error::Plan { what, expected, found, help })
+        };
+        if self.choices.len() < 2 || self.choices.iter().any(String::is_empty) {
+            return wrong(
+                "[evaluate] kind = \"choice\": there is nothing to choose from".to_owned(),
+                "2 to 64 different answers in the training rows, or a list `choices`",
+                format!("{} choices", self.choices.len()),
+                "list the answers with `choices = [\"…\", \"…\"]`, or measure by generate or loss",
+            );
+        }
+        let (rows, _) = self.measured();
+        for (number, question) in self.measure(rows).questions()?.iter().enumerate() {
+            if !self.choices.contains(&question.reference) {
+                return wrong(
+                    format!("[evaluate] question {} cannot be got right", number + 1),
+                    "every right answer among the choices",
+                    format!(
+                        "`{}`; nearest: {}",
+                        question.reference,
+                        nearest_list(&question.reference, self.choices.iter().map(String::as_str))
+                    ),
+                    "add it to `choices`, or mend the row",
+                );
+            }
+        }
+        Ok(())
     }
 
     /// Returns the rows that are measured before and after: those of the test file, else the

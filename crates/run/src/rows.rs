@@ -206,7 +206,7 @@ impl Rows<'_> {
 }
 
 /// Training batches as a function of the step alone.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct TrainBatches {
     subset: Subset,
     seed: Seed,

@@ -14,7 +14,8 @@ import transformers
 from safetensors.torch import save_file
 from transformers import (BertConfig, BertModel, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2ForSequenceClassification,
                           GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, MistralConfig,
-                          MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+                          MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, RobertaConfig,
+                          RobertaForSequenceClassification)
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
@@ -45,6 +46,11 @@ CASES = {
                                                                   label2id={"a": 0, "b": 1, "c": 2}), False),
     "bert_embedding": (BertModel, BertConfig(vocab_size=40, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
                                              num_attention_heads=4, max_position_embeddings=32), False),
+    "roberta_classes": (RobertaForSequenceClassification, RobertaConfig(vocab_size=40, hidden_size=24, intermediate_size=40,
+                                                                        num_hidden_layers=2, num_attention_heads=4,
+                                                                        max_position_embeddings=32, type_vocab_size=1,
+                                                                        pad_token_id=1, id2label={0: "a", 1: "b", 2: "c"},
+                                                                        label2id={"a": 0, "b": 1, "c": 2}), False),
 }
 
 
@@ -63,12 +69,12 @@ def randomise(model, gen, zero_centred_norms):
     return model
 
 
-def batch(gen, vocabulary):
+def batch(gen, vocabulary, padding):
     """Three rows of 24 tokens, the second and third padded on the right."""
     ids = torch.randint(4, vocabulary, (3, 24), generator=gen)
     mask = torch.ones_like(ids)
     for row, length in ((1, 17), (2, 1)):
-        ids[row, length:] = 0
+        ids[row, length:] = padding
         mask[row, length:] = 0
     return ids, mask
 
@@ -96,7 +102,7 @@ def main(root):
         model = randomise(kind(config), gen, zero_centred).float().eval()
         model.save_pretrained(folder)
         (folder / "generation_config.json").unlink(missing_ok=True)
-        ids, mask = batch(gen, config.vocab_size)
+        ids, mask = batch(gen, config.vocab_size, config.pad_token_id)
         with torch.no_grad():
             out, extra = run(name, model, ids, mask)
             # In float64, and row by row without padding: how far another correct way lands.
