@@ -1,4 +1,5 @@
-//! Checkpoint files of the ecosystem: safetensors and GGUF, read by mmap, written atomically.
+//! Checkpoint files of the ecosystem: safetensors and GGUF, and ComPEFT's compressed updates; read
+//! by mmap, written atomically.
 //!
 //! Every reader treats its file as hostile: counts and lengths are checked before anything is
 //! allocated, and a malformed file gives an error that names the file, the tensor or key, what was
@@ -6,10 +7,12 @@
 
 pub mod atomic;
 mod bytes;
+pub mod compeft;
 mod digest;
 mod dtype;
 pub mod ggml;
 pub mod gguf;
+pub mod golomb;
 mod near;
 pub mod numbers;
 mod placed;
