@@ -62,6 +62,8 @@ options! {
         alpha_pattern: BTreeMap<String, f64>;
         /// Modules that train whole and are saved beside the change.
         modules_to_save: Vec<String> = Vec::new();
+        /// Learning rate of the second factor over the first's; LoRA+ takes 16 (Hayou et al., arXiv 2402.12354).
+        rate_ratio: f64 = 1.0, in 1e-3..=1e4, also "loraplus_lr_ratio";
     }
 }
 
@@ -207,6 +209,7 @@ impl Lora {
             rank_pattern,
             alpha_pattern: pattern("alpha_pattern")?,
             modules_to_save,
+            ..LoraOptions::default()
         };
         Ok(Self { options, original: Some(config.clone()) })
     }
@@ -402,6 +405,7 @@ impl Method for Lora {
             } else {
                 None
             };
+            parameters.get_mut(b).rate_factor = self.options.rate_ratio;
             changes.change_weight(
                 &pair.weight.name,
                 LowRank {

@@ -1,0 +1,5 @@
+//! Methods that choose which entries train, walked through the real training loop.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod common;
+mod rates;
