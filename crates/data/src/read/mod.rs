@@ -6,7 +6,6 @@
 mod csv;
 mod json;
 mod lines;
-#[cfg(feature = "parquet")]
 mod parquet;
 
 use std::fs::File;
@@ -31,7 +30,7 @@ pub enum Format {
     Csv,
     /// Tab-separated values with a header line.
     Tsv,
-    /// Apache Parquet; read only by builds with the feature `parquet`.
+    /// Apache Parquet, plain or compressed by snappy or gzip.
     Parquet,
 }
 
@@ -96,7 +95,6 @@ pub struct RowFile {
 #[derive(Debug)]
 enum Storage {
     Bytes(Mutex<File>),
-    #[cfg(feature = "parquet")]
     Parquet(parquet::Groups),
 }
 
@@ -126,10 +124,12 @@ impl RowFile {
             Format::Json => json::scan(&file, &mut scan).map(|()| Vec::new()),
             Format::Csv => csv::scan(&file, b',', &mut scan),
             Format::Tsv => csv::scan(&file, b'\t', &mut scan),
-            Format::Parquet => open_parquet(&file, &mut scan).map(|opened| {
-                storage = Some(opened);
-                Vec::new()
-            }),
+            Format::Parquet => {
+                parquet::open(&file, &mut scan).map(Storage::Parquet).map(|opened| {
+                    storage = Some(opened);
+                    Vec::new()
+                })
+            }
         }?;
         if scan.places.is_empty() {
             let problem = match scan.skipped.as_slice() {
@@ -173,18 +173,13 @@ impl RowFile {
     pub fn read(&self, index: usize) -> Result<Row> {
         let place = self.places[index];
         let line = place.line as usize;
-        #[cfg_attr(
-            not(feature = "parquet"),
-            expect(clippy::infallible_destructuring_match, reason = "one more arm with Parquet")
-        )]
         let file = match &self.storage {
             Storage::Bytes(file) => file,
-            #[cfg(feature = "parquet")]
             Storage::Parquet(groups) => {
                 let fields = groups.read(place.offset as usize, place.bytes as usize);
                 let refuse = |problem: String| {
                     let hint = if problem.contains("Disabled feature") {
-                        "write the file again with snappy compression, the usual one, or none"
+                        "write the file again with snappy compression, the usual one, with gzip or none"
                     } else {
                         "get the file again: it is damaged"
                     };
@@ -256,20 +251,6 @@ fn format_of(path: &Path) -> Result<Format> {
             "name it .jsonl, .json, .csv, .tsv or .parquet, or set the format",
         )),
     }
-}
-
-#[cfg(feature = "parquet")]
-fn open_parquet(file: &File, scan: &mut Scan<'_>) -> Result<Storage> {
-    parquet::open(file, scan).map(Storage::Parquet)
-}
-
-#[cfg(not(feature = "parquet"))]
-fn open_parquet(_file: &File, scan: &mut Scan<'_>) -> Result<Storage> {
-    Err(Error::file(
-        scan.path,
-        "this build of retune does not read Parquet",
-        "convert the file to JSONL, or build retune with the feature `parquet`",
-    ))
 }
 
 /// What the readers of all forms fill while they go through a file.
