@@ -31,9 +31,15 @@ const RULES: &[(&str, Allowed)] = &[
     ("search", ON_CORE),
     ("evaluate", ON_CORE),
     ("testkit", Allowed::These(&["core", "kernels", "files"])),
-    ("run", Allowed::AllBut(&["cli", "web", "testkit"])),
-    ("web", Allowed::AllBut(&["cli", "testkit"])),
-    ("cli", Allowed::AllBut(&["testkit"])),
+    (
+        "conformance",
+        Allowed::These(&[
+            "core", "kernels", "files", "options", "models", "methods", "train", "testkit",
+        ]),
+    ),
+    ("run", Allowed::AllBut(&["cli", "web", "testkit", "conformance"])),
+    ("web", Allowed::AllBut(&["cli", "testkit", "conformance"])),
+    ("cli", Allowed::AllBut(&["testkit", "conformance"])),
 ];
 
 /// A dev-dependency of every crate.

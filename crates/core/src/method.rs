@@ -72,6 +72,37 @@ pub struct StepView<'a> {
     pub seed: Seed,
 }
 
+/// What a method keeps beyond what every method must keep.
+///
+/// The conformance suite holds it to this, both ways: a promise that is not made must not hold by
+/// accident either, so that the documentation made from it is true.
+#[expect(clippy::struct_excessive_bools, reason = "each promise is kept or not by itself")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Promises {
+    /// Before the first step the tuned model computes what its base computes.
+    pub starts_at_base: bool,
+    /// A gradient reaches every tensor that trains within the first three steps.
+    pub reaches_all: bool,
+    /// Gradients are those of the loss, not a stand-in (a detached factor, a straight-through mask).
+    pub exact_gradients: bool,
+    /// The base may stay in quantised blocks; else attaching to such a base is refused.
+    pub quantized_base: bool,
+    /// Architectures (`model_type`) whose every model the plan refuses.
+    pub refuses: &'static [&'static str],
+}
+
+impl Default for Promises {
+    fn default() -> Self {
+        Self {
+            starts_at_base: true,
+            reaches_all: true,
+            exact_gradients: true,
+            quantized_base: true,
+            refuses: &[],
+        }
+    }
+}
+
 /// A tuning method: plans, attaches its changes, and says how its adapter is written.
 ///
 /// It knows no architecture; it looks at the [`ModelSpec`] only.
@@ -84,6 +115,19 @@ pub trait Method: Debug + Send {
 
     /// Describes the method.
     fn card(&self) -> Card;
+
+    /// Returns what the method promises with its present options.
+    fn promises(&self) -> Promises {
+        Promises::default()
+    }
+
+    /// Returns tables of options, as TOML, that between them use every path through the method.
+    ///
+    /// Documentation shows them and the conformance suite tries each, on models of 2 layers and
+    /// width 16; by default the method's defaults only.
+    fn examples(&self) -> &'static [&'static str] {
+        &[""]
+    }
 
     /// Says what would train, where and how many values. Reads no weights.
     ///

@@ -97,6 +97,10 @@ impl Method for Full {
         CARD
     }
 
+    fn examples(&self) -> &'static [&'static str] {
+        &["", "targets = [\".*0.*\"]"]
+    }
+
     fn plan(&self, spec: &ModelSpec) -> Result<MethodPlan> {
         let parameters = self
             .chosen(spec)?

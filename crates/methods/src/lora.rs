@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use retune_core::change::{Changes, Scope, WeightChange};
 use retune_core::kernels::matrix::PackedMatrix;
 use retune_core::kernels::{linear, linear_frozen, linear_low_rank};
-use retune_core::method::{Card, Method, MethodPlan, PlannedParameter};
+use retune_core::method::{Card, Method, MethodPlan, PlannedParameter, Promises};
 use retune_core::parameters::{ParameterId, Parameters};
 use retune_core::random::Seed;
 use retune_core::spec::{Kind, ModelSpec, Role, WeightSpec};
@@ -304,6 +304,8 @@ impl Lora {
                         help: "add it to `exclude`, or take it out of `modules_to_save`".to_owned(),
                     });
                 }
+                // With `bias = "all"` its bias is there already.
+                whole.retain(|(_, weight)| weight.module() != module.module());
                 let parts = spec.weights.iter().filter(|w| w.module() == module.module());
                 whole.extend(parts.map(|w| (format!("{PREFIX}{}", w.name), w)));
             }
@@ -353,6 +355,20 @@ impl Method for Lora {
 
     fn card(&self) -> Card {
         CARD
+    }
+
+    fn promises(&self) -> Promises {
+        // DoRA takes the length it divides by as a constant.
+        Promises { exact_gradients: !self.options.dora, ..Promises::default() }
+    }
+
+    fn examples(&self) -> &'static [&'static str] {
+        &[
+            "rank = 2",
+            "rank = 2\ndora = true\ndropout = 0.1",
+            "rank = 3\nrslora = true\nbias = \"all\"\nlayers = [1]",
+            "rank = 2\ndora = true\nexclude = [\"down_proj\", \"c_proj\"]",
+        ]
     }
 
     fn plan(&self, spec: &ModelSpec) -> Result<MethodPlan> {

@@ -1,0 +1,14 @@
+//! One file per check.
+
+pub mod accumulation;
+pub mod fast;
+pub mod gradient;
+pub mod merge;
+pub mod moves;
+pub mod options;
+pub mod packed;
+pub mod plan;
+pub mod resume;
+pub mod saved;
+pub mod start;
+pub mod threads;

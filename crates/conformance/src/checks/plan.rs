@@ -1,0 +1,55 @@
+//! What is attached is what was planned.
+
+use crate::case::{Case, Failed};
+use crate::suite::Check;
+
+/// The plan names every tensor in order; a refused model is refused by the plan.
+pub const CHECK: Check = Check {
+    name: "plan",
+    about: "names, shapes and counts of the plan are those of what is attached",
+    run,
+};
+
+fn run(case: &Case<'_>) -> Result<(), Failed> {
+    let spec = case.subject.spec();
+    let planned = case.method.plan(spec);
+    if case.is_refused() {
+        return match planned {
+            Err(_) => Ok(()),
+            Ok(_) => Err(Failed("the card says it is refused, but the plan accepts it".to_owned())),
+        };
+    }
+    let planned = planned?;
+    let attached = case.attach()?;
+    let made: Vec<_> = attached.parameters.iter().map(|(_, p)| p).collect();
+    for (place, (plan, made)) in planned.parameters.iter().zip(&made).enumerate() {
+        if (&plan.name, &plan.shape, plan.trains) != (&made.name, &made.shape, made.trains) {
+            return Err(Failed(format!(
+                "tensor {place} is planned as `{}` {:?} (trains: {}), made as `{}` {:?} (trains: \
+                 {})",
+                plan.name, plan.shape, plan.trains, made.name, made.shape, made.trains
+            )));
+        }
+    }
+    if planned.parameters.len() != made.len() {
+        return Err(Failed(format!(
+            "{} tensors are planned, {} made",
+            planned.parameters.len(),
+            made.len()
+        )));
+    }
+    if planned.num_trainable() == 0 {
+        return Err(Failed("nothing trains".to_owned()));
+    }
+    for name in attached.changes.changed_weights() {
+        if spec.weight(name).is_none() {
+            return Err(Failed(format!("a change is attached to `{name}`, which is no weight")));
+        }
+    }
+    for site in attached.changes.changed_sites() {
+        if site.layer().is_some_and(|layer| layer >= spec.num_layers) {
+            return Err(Failed(format!("a change is attached to {site}, beyond the last layer")));
+        }
+    }
+    Ok(())
+}
