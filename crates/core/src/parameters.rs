@@ -1,6 +1,8 @@
 //! Everything that trains, and every buffer a method keeps, in one ordered list.
 
 use crate::error::{Error, Result};
+use retune_files::Dtype;
+use retune_files::safetensors::{SafetensorsWriter, TensorView};
 use tensor::{Device, Gradients, Tensor, TensorData};
 
 /// The place of a parameter in [`Parameters`].
@@ -27,14 +29,37 @@ pub struct Parameter {
     pub rate_factor: f64,
     /// Whether weight decay applies.
     pub decays: bool,
+    value: Value,
+}
+
+#[expect(clippy::large_enum_variant, reason = "there are a few hundred, and most are floats")]
+#[derive(Debug)]
+enum Value {
     /// Flat values; a leaf of the autodiff graph where it trains.
-    value: Tensor<1>,
+    Floats(Tensor<1>),
+    /// Places and counts, which `f32` could not hold above 2²⁴, and their type in a file.
+    Integers(Vec<i32>, Dtype),
 }
 
 impl Parameter {
     /// Returns the number of values.
     pub fn count(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// Returns the type the values have in a file.
+    pub fn dtype(&self) -> Dtype {
+        match self.value {
+            Value::Floats(_) => Dtype::F32,
+            Value::Integers(_, dtype) => dtype,
+        }
+    }
+
+    fn floats(&self) -> &Tensor<1> {
+        match &self.value {
+            Value::Floats(value) => value,
+            Value::Integers(..) => unreachable!("{} holds whole numbers", self.name),
+        }
     }
 }
 
@@ -80,6 +105,22 @@ impl Parameters {
         self.push(name.into(), shape, values, false)
     }
 
+    /// Adds a buffer of whole numbers, such as the places of a sparse change.
+    ///
+    /// `dtype` is how a file holds them: `U8`, `I32` or `I64`.
+    ///
+    /// # Panics
+    /// As [`Parameters::add`].
+    pub fn add_integers(
+        &mut self,
+        name: impl Into<String>,
+        shape: &[usize],
+        values: Vec<i32>,
+        dtype: Dtype,
+    ) -> ParameterId {
+        self.insert(name.into(), shape, values.len(), Value::Integers(values, dtype), false)
+    }
+
     fn push(
         &mut self,
         name: String,
@@ -87,9 +128,21 @@ impl Parameters {
         values: Vec<f32>,
         trains: bool,
     ) -> ParameterId {
-        assert_eq!(values.len(), shape.iter().product::<usize>(), "values of parameter {name}");
+        let count = values.len();
+        let value = Value::Floats(self.leaf(values, trains));
+        self.insert(name, shape, count, value, trains)
+    }
+
+    fn insert(
+        &mut self,
+        name: String,
+        shape: &[usize],
+        count: usize,
+        value: Value,
+        trains: bool,
+    ) -> ParameterId {
+        assert_eq!(count, shape.iter().product::<usize>(), "values of parameter {name}");
         assert!(self.find(&name).is_none(), "parameter {name} exists already");
-        let value = self.leaf(values, trains);
         self.list.push(Parameter {
             name,
             shape: shape.to_vec(),
@@ -144,22 +197,57 @@ impl Parameters {
     /// Returns the values as a tensor of rank `D`, tracked by autodiff where the parameter trains.
     ///
     /// # Panics
-    /// If `shape` holds another number of values.
+    /// If `shape` holds another number of values, or these are whole numbers.
     pub fn tracked<const D: usize>(&self, id: ParameterId, shape: [usize; D]) -> Tensor<D> {
-        self.list[id.0].value.clone().reshape(shape)
+        self.list[id.0].floats().clone().reshape(shape)
     }
 
     /// Returns the values as a constant tensor of rank `D`.
     ///
     /// # Panics
-    /// If `shape` holds another number of values.
+    /// As [`Parameters::tracked`].
     pub fn constant<const D: usize>(&self, id: ParameterId, shape: [usize; D]) -> Tensor<D> {
-        self.list[id.0].value.clone().inner().reshape(shape)
+        self.list[id.0].floats().clone().inner().reshape(shape)
     }
 
-    /// Copies the values out, in row-major order.
+    /// Copies the values out, in row-major order; whole numbers are rounded to `f32`.
     pub fn values(&self, id: ParameterId) -> Vec<f32> {
-        to_vec(self.list[id.0].value.clone().inner())
+        match &self.list[id.0].value {
+            Value::Floats(value) => to_vec(value.clone().inner()),
+            Value::Integers(values, _) => values.iter().map(|value| *value as f32).collect(),
+        }
+    }
+
+    /// Returns the values of a buffer of whole numbers, in row-major order; none of any other.
+    pub fn integers(&self, id: ParameterId) -> &[i32] {
+        match &self.list[id.0].value {
+            Value::Floats(_) => &[],
+            Value::Integers(values, _) => values,
+        }
+    }
+
+    /// Writes the values into a file, in the parameter's own type and under its name.
+    ///
+    /// # Errors
+    /// If the disk is full, or the file was not announced with this tensor.
+    pub fn write(&self, id: ParameterId, writer: &mut SafetensorsWriter) -> Result<()> {
+        let name = &self.list[id.0].name;
+        match &self.list[id.0].value {
+            Value::Floats(_) => writer.write_f32(name, &self.values(id))?,
+            Value::Integers(values, dtype) => writer.write(name, &integer_bytes(values, *dtype))?,
+        }
+        Ok(())
+    }
+
+    /// Takes the values from a tensor of a file.
+    ///
+    /// # Errors
+    /// If the tensor holds another kind of numbers, too few or too many, or ones above 32 bits.
+    pub fn read(&mut self, id: ParameterId, tensor: &TensorView<'_>) -> Result<()> {
+        match self.list[id.0].value {
+            Value::Floats(_) => self.set(id, tensor.to_f32()?),
+            Value::Integers(..) => self.set_integers(id, &tensor.to_i64()?),
+        }
     }
 
     /// Replaces the values.
@@ -168,7 +256,7 @@ impl Parameters {
     /// [`Error::Shape`] if there are too few or too many.
     pub fn set(&mut self, id: ParameterId, values: Vec<f32>) -> Result<()> {
         let parameter = &self.list[id.0];
-        if values.len() != parameter.count() {
+        if values.len() != parameter.count() || parameter.dtype() != Dtype::F32 {
             return Err(Error::Shape {
                 name: parameter.name.clone(),
                 expected: parameter.shape.clone(),
@@ -177,23 +265,64 @@ impl Parameters {
             });
         }
         let trains = parameter.trains;
-        self.list[id.0].value = self.leaf(values, trains);
+        self.list[id.0].value = Value::Floats(self.leaf(values, trains));
         Ok(())
     }
 
+    /// Replaces the values of a buffer of whole numbers.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are too few or too many, or one needs more than 32 bits.
+    pub fn set_integers(&mut self, id: ParameterId, values: &[i64]) -> Result<()> {
+        let parameter = &mut self.list[id.0];
+        let narrow: Option<Vec<i32>> = values.iter().map(|v| i32::try_from(*v).ok()).collect();
+        let dtype = parameter.dtype();
+        match narrow {
+            Some(narrow) if narrow.len() == parameter.count() && dtype != Dtype::F32 => {
+                parameter.value = Value::Integers(narrow, dtype);
+                Ok(())
+            }
+            narrow => Err(Error::Shape {
+                name: parameter.name.clone(),
+                expected: parameter.shape.clone(),
+                found: vec![values.len()],
+                help: if narrow.is_none() {
+                    "a place is beyond 32 bits: the file is damaged".to_owned()
+                } else {
+                    "the file belongs to another method or model".to_owned()
+                },
+            }),
+        }
+    }
+
     /// Lets `change` edit the values in place, without a copy where the device is the processor.
+    ///
+    /// Whole numbers do not change.
     pub fn update(&mut self, id: ParameterId, change: impl FnOnce(&mut [f32])) {
         let trains = self.list[id.0].trains;
-        let hole = self.leaf(vec![0.0], false);
+        let hole = Value::Integers(Vec::new(), Dtype::I32);
         let value = std::mem::replace(&mut self.list[id.0].value, hole);
+        let Value::Floats(value) = value else {
+            self.list[id.0].value = value;
+            return;
+        };
         let mut values = to_vec(value.inner());
         change(&mut values);
-        self.list[id.0].value = self.leaf(values, trains);
+        self.list[id.0].value = Value::Floats(self.leaf(values, trains));
     }
 
     /// Takes a parameter's gradient out of `gradients`, if it has one.
     pub fn take_gradient(&self, id: ParameterId, gradients: &mut Gradients) -> Option<Vec<f32>> {
-        self.list[id.0].value.grad_remove(gradients).map(to_vec)
+        self.list[id.0].floats().grad_remove(gradients).map(to_vec)
+    }
+}
+
+/// Returns whole numbers as a file holds them.
+pub fn integer_bytes(values: &[i32], dtype: Dtype) -> Vec<u8> {
+    match dtype {
+        Dtype::U8 => values.iter().map(|v| *v as u8).collect(),
+        Dtype::I64 => values.iter().flat_map(|v| i64::from(*v).to_le_bytes()).collect(),
+        _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
     }
 }
 
@@ -235,5 +364,23 @@ mod tests {
         );
         assert_eq!(parameters.num_trainable(), 4);
         assert!(parameters.set(a, vec![0.0]).is_err());
+    }
+
+    #[test]
+    fn whole_numbers_keep_every_bit() {
+        let mut parameters = list();
+        let id = parameters.add_integers("places", &[2], vec![16_777_217, -1], Dtype::I64);
+        assert_eq!(
+            integer_bytes(parameters.integers(id), Dtype::I64)[..8],
+            16_777_217_i64.to_le_bytes()
+        );
+        assert_eq!(parameters.get(id).dtype(), Dtype::I64);
+        parameters.update(id, |_| unreachable!("no floats"));
+        parameters.set_integers(id, &[5, 6]).unwrap();
+        assert_eq!(parameters.integers(id), [5, 6]);
+        assert!(parameters.set_integers(id, &[1 << 40, 0]).is_err());
+        assert!(parameters.set_integers(id, &[1]).is_err());
+        assert!(parameters.set(id, vec![0.0, 0.0]).is_err());
+        assert_eq!(parameters.num_trainable(), 4);
     }
 }

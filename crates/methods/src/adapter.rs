@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use retune_core::method::Method;
-use retune_core::parameters::Parameters;
+use retune_core::parameters::{ParameterId, Parameters, integer_bytes};
 use retune_core::spec::{Head, ModelSpec};
 use retune_core::{Error, Result};
 use retune_files::Dtype;
@@ -47,8 +47,10 @@ pub fn peft_config(peft_type: &str, spec: &ModelSpec) -> Map<String, Value> {
 pub struct Adapter {
     /// `adapter_config.json`.
     pub config: Value,
-    /// Every tensor: name, shape, values in the orientation of the file.
+    /// Every tensor of floats: name, shape, values in the orientation of the file.
     pub tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    /// Every tensor of whole numbers: name, type, shape, values.
+    pub integers: BTreeMap<String, (Dtype, Vec<usize>, Vec<i64>)>,
 }
 
 /// The identity of the base a trained adapter is for, kept in the adapter's configuration.
@@ -85,11 +87,17 @@ impl Adapter {
                 json!({"name": base.name, "fingerprint": base.fingerprint}),
             );
         }
-        let tensors = parameters
-            .iter()
-            .map(|(id, p)| (p.name.clone(), (p.shape.clone(), parameters.values(id))))
-            .collect();
-        Ok(Self { config, tensors })
+        let mut adapter = Self { config, tensors: BTreeMap::new(), integers: BTreeMap::new() };
+        for (id, p) in parameters.iter() {
+            let (name, shape) = (p.name.clone(), p.shape.clone());
+            if p.dtype() == Dtype::F32 {
+                adapter.tensors.insert(name, (shape, parameters.values(id)));
+            } else {
+                let values = parameters.integers(id).iter().map(|v| i64::from(*v)).collect();
+                adapter.integers.insert(name, (p.dtype(), shape, values));
+            }
+        }
+        Ok(adapter)
     }
 
     /// Reads a folder.
@@ -111,11 +119,16 @@ impl Adapter {
         let config: Value = serde_json::from_str(&text)
             .map_err(|error| wrong("the file is not JSON", error.to_string()))?;
         let file = SafetensorsFile::open(folder.join(TENSORS))?;
-        let mut tensors = BTreeMap::new();
+        let mut adapter = Self { config, tensors: BTreeMap::new(), integers: BTreeMap::new() };
         for view in file.tensors() {
-            tensors.insert(view.name.to_owned(), (view.shape.to_vec(), view.to_f32()?));
+            let (name, shape) = (view.name.to_owned(), view.shape.to_vec());
+            if matches!(view.dtype, Dtype::U8 | Dtype::I32 | Dtype::I64) {
+                adapter.integers.insert(name, (view.dtype, shape, view.to_i64()?));
+            } else {
+                adapter.tensors.insert(name, (shape, view.to_f32()?));
+            }
         }
-        Ok(Self { config, tensors })
+        Ok(adapter)
     }
 
     /// Writes a folder; it is there whole or not at all.
@@ -129,15 +142,24 @@ impl Adapter {
             std::fs::write(staging.path().join(name), text).map_err(|e| staging.error(e))?;
         }
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-        let specs: Vec<TensorSpec> = self
-            .tensors
-            .iter()
-            .map(|(name, (shape, _))| TensorSpec::new(name, Dtype::F32, shape.clone()))
+        let floats = self.tensors.iter().map(|(name, (shape, _))| (name, Dtype::F32, shape));
+        let integers = self.integers.iter().map(|(name, (dtype, shape, _))| (name, *dtype, shape));
+        let mut specs: Vec<TensorSpec> = floats
+            .chain(integers)
+            .map(|(name, dtype, shape)| TensorSpec::new(name, dtype, shape.clone()))
             .collect();
+        specs.sort_by(|a, b| a.name.cmp(&b.name));
         let file = staging.path().join(TENSORS);
         let mut writer = SafetensorsWriter::create(&file, &specs, &metadata)?;
-        for (name, (_, values)) in &self.tensors {
-            writer.write_f32(name, values)?;
+        for TensorSpec { name, .. } in &specs {
+            match (self.tensors.get(name), self.integers.get(name)) {
+                (Some((_, values)), _) => writer.write_f32(name, values)?,
+                (None, Some((dtype, _, values))) => {
+                    let values: Vec<i32> = values.iter().map(|value| *value as i32).collect();
+                    writer.write(name, &integer_bytes(&values, *dtype))?;
+                }
+                (None, None) => unreachable!("the list is made of the two maps"),
+            }
         }
         writer.finish()?;
         staging.replace()?;
@@ -167,21 +189,32 @@ impl Adapter {
     /// [`Error::Content`] that lists every tensor that is missing, surplus or misshapen.
     pub fn fill(&self, folder: &Path, parameters: &mut Parameters) -> Result<()> {
         let mut wrong = Vec::new();
-        let known: Vec<_> =
-            parameters.iter().map(|(id, p)| (id, p.name.clone(), p.shape.clone())).collect();
-        for (id, name, shape) in &known {
-            match self.tensors.get(name) {
-                None => wrong.push(format!("`{name}` is missing")),
-                Some((found, _)) if found != shape => {
+        let known: Vec<_> = parameters
+            .iter()
+            .map(|(id, p)| (id, p.name.clone(), p.shape.clone(), p.dtype() == Dtype::F32))
+            .collect();
+        for (id, name, shape, is_float) in &known {
+            let (float, whole) = (self.tensors.get(name), self.integers.get(name));
+            match (float.map(|(shape, _)| shape), whole.map(|(_, shape, _)| shape)) {
+                (None, None) => wrong.push(format!("`{name}` is missing")),
+                (Some(found), _) | (None, Some(found)) if found != shape => {
                     wrong.push(format!("`{name}` has shape {found:?}, expected {shape:?}"));
                 }
-                Some((_, values)) => parameters.set(*id, values.clone())?,
+                (Some(_), _) if !is_float => {
+                    wrong.push(format!("`{name}` holds floats, expected whole numbers"));
+                }
+                (None, Some(_)) if *is_float => {
+                    wrong.push(format!("`{name}` holds whole numbers, expected floats"));
+                }
+                _ => match (float, whole) {
+                    (Some((_, values)), _) => parameters.set(*id, values.clone())?,
+                    (None, Some((_, _, values))) => parameters.set_integers(*id, values)?,
+                    (None, None) => {}
+                },
             }
         }
-        for name in self.tensors.keys() {
-            // PEFT writes the frozen embedding beside a change of it; it is the base's own.
-            let carried = name.ends_with(".base_layer.weight");
-            if !carried && !known.iter().any(|(_, known, _)| known == name) {
+        for name in self.tensors.keys().chain(self.integers.keys()) {
+            if !is_carried(name, &known) && !known.iter().any(|(_, known, ..)| known == name) {
                 wrong.push(format!("`{name}` belongs to nothing in this model"));
             }
         }
@@ -201,6 +234,17 @@ impl Adapter {
             help: "use the base the adapter was trained on".to_owned(),
         })
     }
+}
+
+/// Returns whether a tensor is one that PEFT writes a second time.
+///
+/// The frozen weight of a targeted embedding is the base's own, and RandLoRA's shared projections
+/// are repeated in every layer.
+fn is_carried(name: &str, known: &[(ParameterId, String, Vec<usize>, bool)]) -> bool {
+    let last = name.rsplit('.').next().unwrap_or_default();
+    let repeated = matches!(last, "randlora_A" | "randlora_B")
+        && known.iter().any(|(_, known, ..)| *known == format!("base_model.{last}"));
+    name.ends_with(".base_layer.weight") || repeated
 }
 
 /// Writes JSON with sorted keys and an indent of 2, as PEFT does.

@@ -3,8 +3,19 @@
 //! A method knows no architecture: it looks at a model's [`ModelSpec`](retune_core::spec::ModelSpec)
 //! and attaches changes at named places. Adding one is a file here and a line in [`registry`].
 
+pub mod adalora;
 pub mod adapter;
+pub mod beft;
+pub mod checks;
+pub mod frame;
 pub mod full;
+pub mod hra;
+pub mod ia3;
+pub mod ln_tuning;
+pub mod loha;
+pub mod lokr;
 pub mod lora;
+pub mod peft_config;
 pub mod registry;
 pub mod replacement;
+pub mod road;

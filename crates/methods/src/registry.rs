@@ -6,8 +6,7 @@ use retune_core::{Error, Result};
 use retune_options::{OptionSpec, Options, Reader};
 use serde_json::Value;
 
-use crate::full;
-use crate::lora;
+use crate::{adalora, beft, full, hra, ia3, ln_tuning, loha, lokr, lora, road};
 
 /// Makes a method from an `adapter_config.json`.
 pub type FromAdapter = fn(&Value) -> Result<Box<dyn Method>>;
@@ -24,7 +23,18 @@ pub struct Plugin {
 }
 
 /// All methods.
-pub const METHODS: &[Plugin] = &[lora::PLUGIN, full::PLUGIN];
+pub const METHODS: &[Plugin] = &[
+    lora::PLUGIN,
+    full::PLUGIN,
+    adalora::PLUGIN,
+    beft::PLUGIN,
+    hra::PLUGIN,
+    ia3::PLUGIN,
+    ln_tuning::PLUGIN,
+    loha::PLUGIN,
+    lokr::PLUGIN,
+    road::PLUGIN,
+];
 
 /// Finds a method by the name a recipe uses.
 pub fn find(name: &str) -> Option<&'static Plugin> {

@@ -1,12 +1,15 @@
 //! A weight trained whole: full tuning, biases, `modules_to_save`.
 
-use retune_core::Result;
 use retune_core::change::{Changes, Scope, WeightChange};
 use retune_core::method::PlannedParameter;
 use retune_core::parameters::{ParameterId, Parameters};
-use retune_core::spec::{Kind, WeightSpec};
+use retune_core::spec::{Head, Kind, ModelSpec, Role, WeightSpec};
+use retune_core::targets::{Among, Targets};
 use retune_core::weights::Weights;
+use retune_core::{Error, Result};
 use tensor::Tensor;
+
+use crate::adapter::PREFIX;
 
 /// A trainable copy that stands in for the base weight.
 #[derive(Debug)]
@@ -54,7 +57,54 @@ pub fn attach(
     Ok(value)
 }
 
+/// Returns the weights of modules that train whole beside a method's change, with their names in an
+/// adapter's file; a new head trains whole by itself, since a frozen random one is useless.
+///
+/// # Errors
+/// [`Error::NoTarget`] for a name that matches nothing, [`Error::Setting`] for a module the method
+/// changes already.
+pub fn saved_modules<'a>(
+    spec: &'a ModelSpec,
+    names: &[String],
+    is_targeted: &dyn Fn(&str) -> bool,
+    setting: &str,
+) -> Result<Vec<(String, &'a WeightSpec)>> {
+    let mut modules = names.to_vec();
+    if matches!(spec.head, Head::Classes { .. }) {
+        for head in spec.weights.iter().filter(|weight| weight.role == Role::Head) {
+            let last = head.module().rsplit('.').next().unwrap_or_default().to_owned();
+            if !modules.contains(&last) && !is_targeted(head.module()) {
+                modules.push(last);
+            }
+        }
+    }
+    let mut whole = Vec::new();
+    if modules.is_empty() {
+        return Ok(whole);
+    }
+    let saved = Targets { names: modules, ..Targets::default() };
+    for module in saved.select(spec, Among::Modules, setting)? {
+        if is_targeted(module.module()) {
+            return Err(Error::Setting {
+                setting: setting.to_owned(),
+                what: "a module is targeted and saved whole at once".to_owned(),
+                expected: "each module in one of the two".to_owned(),
+                found: module.module().to_owned(),
+                help: "add it to `exclude`, or take it out of `modules_to_save`".to_owned(),
+            });
+        }
+        let parts = spec.weights.iter().filter(|weight| weight.module() == module.module());
+        whole.extend(parts.map(|weight| (format!("{PREFIX}{}", weight.name), weight)));
+    }
+    Ok(whole)
+}
+
 /// Returns whether the checkpoint stores the weight transposed (GPT-2's `Conv1D`).
 pub fn is_transposed(weight: &WeightSpec) -> bool {
-    weight.kind == (Kind::Linear { transposed: true })
+    is_transposed_kind(weight.kind)
+}
+
+/// Returns whether weights of this kind are stored transposed.
+pub fn is_transposed_kind(kind: Kind) -> bool {
+    kind == (Kind::Linear { transposed: true })
 }

@@ -19,6 +19,10 @@ fn pack() -> PathBuf {
 }
 
 fn check(case: &str) {
+    check_within(case, 1e-6);
+}
+
+fn check_within(case: &str, merged_tolerance: f32) {
     let checkpoint = retune_models::open(&pack().join("base")).unwrap();
     let weights = Weights::new(
         Arc::clone(&checkpoint.source),
@@ -69,17 +73,26 @@ fn check(case: &str) {
         let name = view.name.strip_prefix("merged.").unwrap();
         let spec = checkpoint.model.spec();
         let found = merged(&tuned, spec.weight(name).unwrap()).unwrap();
-        compare(&format!("{case} {name}"), &found, &view.to_f32().unwrap(), 1e-6);
+        compare(&format!("{case} {name}"), &found, &view.to_f32().unwrap(), merged_tolerance);
         num_merged += 1;
     }
-    assert!(num_merged > 0, "{case}: nothing was merged");
+    // PEFT refuses to merge a bias into a layer that has none, and so does retune.
+    let merges =
+        changes.changed_weights().all(|name| checkpoint.model.spec().weight(name).is_some());
+    assert_eq!(num_merged > 0, merges, "{case}: {num_merged} weights were merged");
 
     // What was loaded is written again with the same keys, shapes and values.
     let collected = Adapter::collect(&*method, checkpoint.model.spec(), &parameters, None).unwrap();
     assert_eq!(collected.config, adapter.config);
-    for (name, tensor) in &collected.tensors {
-        assert_eq!(Some(tensor), adapter.tensors.get(name), "{case} {name}");
-    }
+    let repeated = |name: &str| {
+        name.ends_with(".base_layer.weight")
+            || (name.contains(".layers.")
+                && name.contains("randlora_")
+                && name.ends_with(['A', 'B']))
+    };
+    let expected: Vec<_> = adapter.tensors.iter().filter(|(name, _)| !repeated(name)).collect();
+    assert_eq!(collected.tensors.iter().collect::<Vec<_>>(), expected, "{case}");
+    assert_eq!(collected.integers, adapter.integers, "{case}");
 }
 
 fn compare(what: &str, found: &[f32], expected: &[f32], tolerance: f32) {
@@ -117,6 +130,46 @@ fn embedding() {
 #[test]
 fn head_saved_whole() {
     check("lora_lmhead_mts");
+}
+
+#[test]
+fn adalora() {
+    check("adalora");
+}
+
+#[test]
+fn beft() {
+    check("beft");
+}
+
+#[test]
+fn hra() {
+    check("hra");
+}
+
+#[test]
+fn ia3() {
+    check("ia3");
+}
+
+#[test]
+fn ln_tuning() {
+    check("ln_tuning");
+}
+
+#[test]
+fn loha() {
+    check("loha");
+}
+
+#[test]
+fn lokr() {
+    check("lokr");
+}
+
+#[test]
+fn road() {
+    check("road");
 }
 
 #[test]

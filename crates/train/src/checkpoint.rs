@@ -55,12 +55,12 @@ pub fn save(
     let staging = AtomicFolder::create(&path)?;
     let specs: Vec<TensorSpec> = parameters
         .iter()
-        .map(|(_, p)| TensorSpec::new(&p.name, Dtype::F32, p.shape.clone()))
+        .map(|(_, p)| TensorSpec::new(&p.name, p.dtype(), p.shape.clone()))
         .collect();
     let file = staging.path().join(PARAMETERS);
     let mut writer = SafetensorsWriter::create(&file, &specs, &BTreeMap::new())?;
-    for (id, parameter) in parameters.iter() {
-        writer.write_f32(&parameter.name, &parameters.values(id))?;
+    for (id, _) in parameters.iter() {
+        parameters.write(id, &mut writer)?;
     }
     writer.finish()?;
     let lists: Vec<(String, &Vec<f32>)> = parameters
@@ -223,7 +223,7 @@ pub fn load_values(path: &Path, parameters: &mut Parameters) -> Result<()> {
     let values = SafetensorsFile::open(path.join(PARAMETERS))?;
     let ids: Vec<_> = parameters.iter().map(|(id, p)| (id, p.name.clone())).collect();
     for (id, name) in ids {
-        parameters.set(id, values.tensor(&name)?.to_f32()?)?;
+        parameters.read(id, &values.tensor(&name)?)?;
     }
     Ok(())
 }
@@ -234,7 +234,7 @@ fn fill(path: &Path, parameters: &mut Parameters, state_names: &[&str]) -> Resul
     let ids: Vec<_> = parameters.iter().map(|(id, p)| (id, p.name.clone(), p.trains)).collect();
     let mut optimizer = Vec::with_capacity(ids.len());
     for (id, name, trains) in ids {
-        parameters.set(id, values.tensor(&name)?.to_f32()?)?;
+        parameters.read(id, &values.tensor(&name)?)?;
         let mut lists = Vec::new();
         if trains {
             for state in state_names {

@@ -1,0 +1,67 @@
+//! What several methods check about their options, with one wording.
+
+use std::collections::BTreeMap;
+
+use retune_core::targets::pattern_value;
+use retune_core::{Error, Result};
+
+use crate::frame::Target;
+
+/// Returns the value of the first pattern that matches the target, or the usual one.
+///
+/// # Errors
+/// [`Error::Setting`] if a pattern is a malformed regular expression; `setting` names the table.
+pub fn by_pattern<T: Copy>(
+    table: &BTreeMap<String, T>,
+    target: &Target,
+    usual: T,
+    setting: &str,
+) -> Result<T> {
+    let entries = table.iter().map(|(key, value)| (key.as_str(), *value));
+    let found = pattern_value(entries, &target.module, &format!("method.{setting}"))?;
+    Ok(found.unwrap_or(usual))
+}
+
+/// Returns the rank if the target's matrix can have it.
+///
+/// # Errors
+/// [`Error::Setting`] if it is above the full rank.
+pub fn rank(method: &str, rank: usize, target: &Target) -> Result<usize> {
+    let most = target.rows.min(target.columns);
+    if rank > most {
+        return Err(above(&format!("{method}.rank"), target, most, rank));
+    }
+    Ok(rank)
+}
+
+/// Returns the error of a number that is too large for a target.
+pub fn above(setting: &str, target: &Target, most: usize, found: usize) -> Error {
+    let name = setting.rsplit('.').next().unwrap_or(setting);
+    Error::Setting {
+        setting: format!("method.{setting}"),
+        what: format!("too large for {}", target.module),
+        expected: format!("at most {most} for a {} x {} weight", target.rows, target.columns),
+        found: found.to_string(),
+        help: format!("lower `{name}`, or leave this module out with `exclude`"),
+    }
+}
+
+/// Checks that `number` divides `width`, one of the target's two.
+///
+/// # Errors
+/// [`Error::Setting`] that names the nearest divisors.
+pub fn divides(setting: &str, target: &Target, number: usize, width: usize) -> Result<()> {
+    if number > 0 && width.is_multiple_of(number) {
+        return Ok(());
+    }
+    let below = (1..number.min(width + 1)).rev().find(|n| width.is_multiple_of(*n)).unwrap_or(1);
+    let after = (number + 1..=width).find(|n| width.is_multiple_of(*n)).unwrap_or(width);
+    let name = setting.rsplit('.').next().unwrap_or(setting);
+    Err(Error::Setting {
+        setting: format!("method.{setting}"),
+        what: format!("does not divide the width {width} of {}", target.module),
+        expected: format!("a divisor, such as {below} or {after}"),
+        found: number.to_string(),
+        help: format!("change `{name}`, or leave this module out with `exclude`"),
+    })
+}
