@@ -28,6 +28,7 @@ pub mod rotary;
 mod scratch;
 mod simd;
 mod spans;
+mod sparse;
 mod squared_norm;
 mod table;
 pub mod tape;
@@ -47,5 +48,9 @@ pub use linear::{
 pub use rms_norm::rms_norm;
 pub use rotary::{Rotation, rotary};
 pub use spans::{Spans, SpansError};
+pub use sparse::{
+    GradientTap, SparseEntries, add_sparse, add_sparse_reference, linear_sparse,
+    linear_sparse_reference,
+};
 pub use squared_norm::squared_norm;
 pub use table::Table;

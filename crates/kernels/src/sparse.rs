@@ -1,0 +1,560 @@
+//! Frozen weights with a sparse change: a few entries, each with a trained number added to it.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use burn_flex::FlexTensor;
+use tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
+
+use crate::matrix::{Arithmetic, PackedMatrix, product_tn};
+use crate::parallel::each;
+use crate::simd::{self, dot, fma};
+use crate::tape::{Operation, apply, from_values, is_fast, values};
+
+/// Looks at the whole gradient of a sparsely changed weight while it exists.
+///
+/// The gradient of one weight is computed in the backward pass where a tap is open, shown to it,
+/// and dropped: no two weights' gradients ever exist at once.
+pub trait GradientTap: Debug + Send + Sync {
+    /// Returns whether the tap wants to see anything.
+    fn is_open(&self) -> bool;
+
+    /// Sees the gradient of one backward pass.
+    ///
+    /// `gradient` is `[rows, columns]`, `weight` writes a row of the weight without its change, and
+    /// `indices` are the entries that are changed.
+    fn see(&self, gradient: &[f32], weight: &dyn Fn(usize, &mut [f32]), indices: &[u32]);
+}
+
+/// Which entries of a weight are changed, and who watches its gradient.
+#[derive(Clone, Debug)]
+pub struct SparseEntries {
+    /// Places in the weight seen as one row-major list, ascending and each once.
+    pub indices: Arc<[u32]>,
+    /// Sees the weight's whole gradient while it is open.
+    pub tap: Option<Arc<dyn GradientTap>>,
+}
+
+impl SparseEntries {
+    fn open_tap(&self) -> Option<&dyn GradientTap> {
+        self.tap.as_deref().filter(|tap| tap.is_open())
+    }
+}
+
+/// Applies a frozen linear layer with a sparse change: `x · (W + S)ᵀ + b`.
+///
+/// The sum is never formed: `S` costs one multiplication per entry and token in each direction, and
+/// the gradient is computed for its entries alone, unless the tap is open.
+///
+/// # Shapes
+/// - `x`: `[tokens, in]`; `weight`: `[out, in]`; `bias`: `[out]`; `changes`: one per index
+/// - returns `[tokens, out]`
+/// # Panics
+/// If the shapes do not fit together or an index lies outside the weight.
+/// # Source
+/// Ansell et al., <https://arxiv.org/abs/2401.16405>.
+pub fn linear_sparse(
+    x: Tensor<2>,
+    weight: &Arc<PackedMatrix>,
+    bias: Option<Tensor<1>>,
+    changes: Tensor<1>,
+    entries: &SparseEntries,
+) -> Tensor<2> {
+    check(&changes, entries, [weight.rows(), weight.columns()]);
+    assert_eq!(x.dims()[1], weight.columns(), "the width of a linear layer's input");
+    let fast = is_fast(&x) && is_fast(&changes) && bias.as_ref().is_none_or(is_fast);
+    if !fast {
+        return linear_sparse_reference(x, weight, bias, changes, entries);
+    }
+    let operation = Linear { weight: Arc::clone(weight), entries: entries.clone() };
+    let (x, changes) = (x.into_dispatch(), changes.into_dispatch());
+    Tensor::from_dispatch(match bias {
+        None => apply(operation, [x, changes]),
+        Some(bias) => apply(operation, [x, changes, bias.into_dispatch()]),
+    })
+}
+
+/// Computes [`linear_sparse`] out of tensor operations, with the changed weight formed.
+pub fn linear_sparse_reference(
+    x: Tensor<2>,
+    weight: &PackedMatrix,
+    bias: Option<Tensor<1>>,
+    changes: Tensor<1>,
+    entries: &SparseEntries,
+) -> Tensor<2> {
+    let data = TensorData::new(weight.to_f32(), [weight.rows(), weight.columns()]);
+    let weight = Tensor::from_data(data, (&x.device(), x.dtype()));
+    crate::linear_reference(x, add_sparse_reference(weight, changes, entries), bias)
+}
+
+/// Adds numbers to some entries of a weight.
+///
+/// # Shapes
+/// - `weight`: `[rows, columns]`; `changes`: one per index; returns `[rows, columns]`
+/// # Panics
+/// If an index lies outside the weight.
+pub fn add_sparse(weight: Tensor<2>, changes: Tensor<1>, entries: &SparseEntries) -> Tensor<2> {
+    check(&changes, entries, weight.dims());
+    if !(is_fast(&weight) && is_fast(&changes)) {
+        return add_sparse_reference(weight, changes, entries);
+    }
+    let operation = Add { entries: entries.clone() };
+    Tensor::from_dispatch(apply(operation, [weight.into_dispatch(), changes.into_dispatch()]))
+}
+
+/// Computes [`add_sparse`] out of tensor operations, on every device and in every float type.
+pub fn add_sparse_reference(
+    weight: Tensor<2>,
+    changes: Tensor<1>,
+    entries: &SparseEntries,
+) -> Tensor<2> {
+    let count = entries.indices.len();
+    if count == 0 {
+        return weight;
+    }
+    let shape = weight.dims();
+    let indices: Vec<i64> = entries.indices.iter().copied().map(i64::from).collect();
+    let device = weight.device();
+    let indices = Tensor::<1, Int>::from_data(TensorData::new(indices, [count]), &device);
+    let flat: Tensor<1> = weight.reshape([shape[0] * shape[1]]);
+    flat.select_assign(0, indices, changes, IndexingUpdateOp::Add).reshape(shape)
+}
+
+fn check(changes: &Tensor<1>, entries: &SparseEntries, [rows, columns]: [usize; 2]) {
+    let indices = &entries.indices;
+    assert_eq!(changes.dims(), [indices.len()], "one number per entry of a sparse change");
+    assert!(indices.is_sorted_by(|a, b| a < b), "the entries of a sparse change ascend");
+    if let Some(last) = indices.last() {
+        assert!((*last as usize) < rows * columns, "entry {last} of a {rows} x {columns} weight");
+    }
+}
+
+/// Tokens handled at once: a row of the transposed block fills four cache lines.
+const BLOCK: usize = 64;
+
+/// Entries of one task where their gradient is computed.
+const TASK: usize = 1 << 12;
+
+/// Turns `[tokens, width]` into blocks of `[width, BLOCK]`, the last one filled up with zeros.
+fn transposed(x: &[f32], width: usize) -> Vec<f32> {
+    if width == 0 {
+        return Vec::new();
+    }
+    let tokens = x.len() / width;
+    let mut out = vec![0.0; tokens.div_ceil(BLOCK) * BLOCK * width];
+    each(out.chunks_mut(width * BLOCK).zip(x.chunks(width * BLOCK)), |(out, x)| {
+        for (token, row) in x.chunks_exact(width).enumerate() {
+            for (column, value) in row.iter().enumerate() {
+                out[column * BLOCK + token] = *value;
+            }
+        }
+    });
+    out
+}
+
+/// Splits `entries` into runs of one row: the row, and the places of its entries.
+fn row_end(indices: &[u32], start: usize, columns: usize) -> (usize, usize) {
+    let row = indices[start] as usize / columns;
+    let next = ((row + 1) * columns) as u64;
+    let count = indices[start..].iter().take_while(|index| u64::from(**index) < next).count();
+    (row, start + count)
+}
+
+fn lane_row(block: &[f32], row: usize) -> &[f32] {
+    &block[row * BLOCK..][..BLOCK]
+}
+
+/// Adds `S · x` of one block of tokens: `x` is `[columns, BLOCK]`, `y` is `[tokens, rows]`.
+#[inline(always)]
+fn forward_body<const LANES: usize, const FMA: bool>(
+    indices: &[u32],
+    changes: &[f32],
+    columns: usize,
+    x: &[f32],
+    y: &mut [f32],
+    rows: usize,
+) {
+    let mut start = 0;
+    while start < indices.len() {
+        let (row, end) = row_end(indices, start, columns);
+        let mut sums = [0.0; BLOCK];
+        for (index, change) in indices[start..end].iter().zip(&changes[start..end]) {
+            let x = lane_row(x, *index as usize - row * columns);
+            for (sum, x) in sums.iter_mut().zip(x) {
+                *sum = fma::<FMA>(*change, *x, *sum);
+            }
+        }
+        for (y, sum) in y.chunks_exact_mut(rows).zip(&sums) {
+            y[row] += sum;
+        }
+        start = end;
+    }
+}
+
+/// Adds `Sᵀ · dy` of one block of tokens: `dy` is `[tokens, rows]`, `dx` is `[columns, BLOCK]`.
+#[inline(always)]
+fn input_body<const LANES: usize, const FMA: bool>(
+    indices: &[u32],
+    changes: &[f32],
+    columns: usize,
+    dy: &[f32],
+    rows: usize,
+    dx: &mut [f32],
+) {
+    let mut start = 0;
+    while start < indices.len() {
+        let (row, end) = row_end(indices, start, columns);
+        let column_of_dy = gathered(dy, rows, row);
+        for (index, change) in indices[start..end].iter().zip(&changes[start..end]) {
+            let dx = &mut dx[(*index as usize - row * columns) * BLOCK..][..BLOCK];
+            for (dx, dy) in dx.iter_mut().zip(&column_of_dy) {
+                *dx = fma::<FMA>(*change, *dy, *dx);
+            }
+        }
+        start = end;
+    }
+}
+
+/// Adds each entry's gradient of one block of tokens to `sums`.
+#[inline(always)]
+fn entries_body<const LANES: usize, const FMA: bool>(
+    indices: &[u32],
+    columns: usize,
+    x: &[f32],
+    dy: &[f32],
+    rows: usize,
+    sums: &mut [f32],
+) {
+    let mut start = 0;
+    while start < indices.len() {
+        let (row, end) = row_end(indices, start, columns);
+        let column_of_dy = gathered(dy, rows, row);
+        for (index, sum) in indices[start..end].iter().zip(&mut sums[start..end]) {
+            let x = lane_row(x, *index as usize - row * columns);
+            *sum += dot::<LANES, FMA>(x, &column_of_dy);
+        }
+        start = end;
+    }
+}
+
+/// One column of up to `BLOCK` tokens, zero beyond their end.
+#[inline(always)]
+fn gathered(dy: &[f32], rows: usize, row: usize) -> [f32; BLOCK] {
+    let mut column = [0.0; BLOCK];
+    for (value, dy) in column.iter_mut().zip(dy.chunks_exact(rows)) {
+        *value = dy[row];
+    }
+    column
+}
+
+simd::versions! {
+    fn forward_block(
+        indices: &[u32],
+        changes: &[f32],
+        columns: usize,
+        x: &[f32],
+        y: &mut [f32],
+        rows: usize,
+    ) = forward_body;
+    fn input_block(
+        indices: &[u32],
+        changes: &[f32],
+        columns: usize,
+        dy: &[f32],
+        rows: usize,
+        dx: &mut [f32],
+    ) = input_body;
+    fn entries_block(
+        indices: &[u32],
+        columns: usize,
+        x: &[f32],
+        dy: &[f32],
+        rows: usize,
+        sums: &mut [f32],
+    ) = entries_body;
+}
+
+/// Inputs `x`, `changes` and perhaps `bias`.
+#[derive(Clone, Debug)]
+struct Linear {
+    weight: Arc<PackedMatrix>,
+    entries: SparseEntries,
+}
+
+/// What [`Linear`] keeps, each only where a gradient needs it.
+#[derive(Clone, Debug)]
+struct Saved {
+    x: Option<FlexTensor>,
+    changes: Option<FlexTensor>,
+}
+
+impl Linear {
+    /// Returns the gradient of the changes, after the tap has seen that of the weight.
+    fn entries_gradient(&self, x: &[f32], dy: &[f32]) -> Vec<f32> {
+        let (rows, columns) = (self.weight.rows(), self.weight.columns());
+        let indices = &self.entries.indices;
+        if let Some(tap) = self.entries.open_tap() {
+            let tokens = dy.len() / rows.max(1);
+            let mut whole = vec![0.0; rows * columns];
+            product_tn(Arithmetic::F32, [rows, tokens, columns], dy, x, &mut whole);
+            tap.see(&whole, &|row, out| self.weight.row_into(row, out), indices);
+            return indices.iter().map(|index| whole[*index as usize]).collect();
+        }
+        let blocks = transposed(x, columns);
+        let mut sums = vec![0.0; indices.len()];
+        each(indices.chunks(TASK).zip(sums.chunks_mut(TASK)), |(indices, sums)| {
+            for (x, dy) in blocks.chunks(columns * BLOCK).zip(dy.chunks(rows * BLOCK)) {
+                entries_block(indices, columns, x, dy, rows, sums);
+            }
+        });
+        sums
+    }
+}
+
+impl<const N: usize> Operation<N> for Linear {
+    type Saved = Saved;
+
+    fn forward(&self, inputs: [FlexTensor; N], wanted: [bool; N]) -> (FlexTensor, Saved) {
+        let (rows, columns) = (self.weight.rows(), self.weight.columns());
+        let (x, changes) = (values(&inputs[0]), values(&inputs[1]));
+        let tokens = inputs[0].layout().shape()[0];
+        let mut y = vec![0.0; tokens * rows];
+        self.weight.multiply(x, tokens, &mut y, inputs.get(2).map(values));
+        let indices = &self.entries.indices;
+        if !indices.is_empty() && tokens > 0 {
+            let blocks = transposed(x, columns);
+            each(blocks.chunks(columns * BLOCK).zip(y.chunks_mut(rows * BLOCK)), |(x, y)| {
+                forward_block(indices, changes, columns, x, y, rows);
+            });
+        }
+        let saved = Saved {
+            x: wanted[1].then(|| inputs[0].clone()),
+            changes: wanted[0].then(|| inputs[1].clone()),
+        };
+        (from_values(y, [tokens, rows]), saved)
+    }
+
+    fn backward(
+        &self,
+        saved: Saved,
+        gradient: FlexTensor,
+        wanted: [bool; N],
+    ) -> [Option<FlexTensor>; N] {
+        let (rows, columns) = (self.weight.rows(), self.weight.columns());
+        let tokens = gradient.layout().shape()[0];
+        let dy = values(&gradient);
+        let indices = &self.entries.indices;
+        let dx = saved.changes.map(|changes| {
+            let changes = values(&changes);
+            let mut dx = vec![0.0; tokens * columns];
+            self.weight.multiply_transposed(dy, tokens, &mut dx);
+            if !indices.is_empty() && tokens > 0 {
+                each(dy.chunks(rows * BLOCK).zip(dx.chunks_mut(columns * BLOCK)), |(dy, dx)| {
+                    let mut block = vec![0.0; columns * BLOCK];
+                    input_block(indices, changes, columns, dy, rows, &mut block);
+                    for (token, dx) in dx.chunks_exact_mut(columns).enumerate() {
+                        for (column, dx) in dx.iter_mut().enumerate() {
+                            *dx += block[column * BLOCK + token];
+                        }
+                    }
+                });
+            }
+            from_values(dx, [tokens, columns])
+        });
+        let changes =
+            saved.x.map(|x| from_values(self.entries_gradient(values(&x), dy), [indices.len()]));
+        let bias = wanted.get(2).is_some_and(|wanted| *wanted).then(|| {
+            let mut sums = vec![0.0; rows];
+            for row in dy.chunks_exact(rows.max(1)) {
+                sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+            }
+            from_values(sums, [rows])
+        });
+        let mut found = [dx, changes, bias].into_iter();
+        std::array::from_fn(|_| found.next().flatten())
+    }
+}
+
+/// Inputs `weight` and `changes`.
+#[derive(Clone, Debug)]
+struct Add {
+    entries: SparseEntries,
+}
+
+impl Operation<2> for Add {
+    type Saved = Option<FlexTensor>;
+
+    fn forward(
+        &self,
+        [weight, changes]: [FlexTensor; 2],
+        wanted: [bool; 2],
+    ) -> (FlexTensor, Self::Saved) {
+        let mut sum = values(&weight).to_vec();
+        for (index, change) in self.entries.indices.iter().zip(values(&changes)) {
+            sum[*index as usize] += change;
+        }
+        let out = from_values(sum, weight.layout().shape().clone());
+        // The tap may want to compare the gradient with the weight.
+        let keep = wanted[1] && self.entries.open_tap().is_some();
+        (out, keep.then_some(weight))
+    }
+
+    fn backward(
+        &self,
+        weight: Self::Saved,
+        gradient: FlexTensor,
+        wanted: [bool; 2],
+    ) -> [Option<FlexTensor>; 2] {
+        let dw = values(&gradient);
+        let indices = &self.entries.indices;
+        if let (Some(tap), Some(weight)) = (self.entries.open_tap(), weight) {
+            let weight = values(&weight);
+            let row = |row: usize, out: &mut [f32]| {
+                out.copy_from_slice(&weight[row * out.len()..][..out.len()]);
+            };
+            tap.see(dw, &row, indices);
+        }
+        let changes = wanted[1].then(|| {
+            let picked: Vec<f32> = indices.iter().map(|index| dw[*index as usize]).collect();
+            from_values(picked, [indices.len()])
+        });
+        [wanted[0].then(|| gradient.clone()), changes]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::{Input, Numbers, agree, differences, vector};
+    use crate::matrix::Form;
+    use std::sync::Mutex;
+
+    fn some_indices(numbers: &mut Numbers, count: usize) -> Arc<[u32]> {
+        let one_in = numbers.pick(&[1, 3, 20]);
+        let mut indices: Vec<u32> =
+            (0..count as u32).filter(|_| numbers.between(1, one_in) == 1).collect();
+        if indices.is_empty() {
+            indices.push(numbers.between(0, count - 1) as u32);
+        }
+        indices.into()
+    }
+
+    fn case(numbers: &mut Numbers) -> (Arc<PackedMatrix>, SparseEntries, Vec<Input>, String) {
+        let [n, width, out] = [(); 3].map(|()| numbers.pick(&[1, 3, 8, 17, 50, 130]));
+        let form = numbers.pick(&[Form::F32, Form::Bf16]);
+        let weight: Vec<f32> = (0..out * width).map(|_| numbers.normal() as f32).collect();
+        let weight = Arc::new(PackedMatrix::from_f32(out, width, weight, form).unwrap());
+        let indices = some_indices(numbers, out * width);
+        let inputs = vec![
+            numbers.matrix(n, width),
+            numbers.matrix(1, indices.len()),
+            numbers.matrix(1, out),
+        ];
+        let what = format!("{n}x{width}x{out}, {} entries", indices.len());
+        (weight, SparseEntries { indices, tap: None }, inputs, what)
+    }
+
+    #[test]
+    fn fast_is_the_reference() {
+        let mut numbers = Numbers(31);
+        for round in 0..120 {
+            let (weight, entries, mut inputs, what) = case(&mut numbers);
+            inputs.truncate(if round % 5 < 2 { 2 } else { 3 });
+            for (index, input) in inputs.iter_mut().enumerate() {
+                input.tracked = round >> index & 1 == 0;
+            }
+            let bias = |x: &[Tensor<2>]| x.get(2).map(vector);
+            agree(
+                &what,
+                |x| linear_sparse(x[0].clone(), &weight, bias(x), vector(&x[1]), &entries),
+                |x| {
+                    linear_sparse_reference(x[0].clone(), &weight, bias(x), vector(&x[1]), &entries)
+                },
+                &inputs,
+                1e-5,
+            );
+        }
+    }
+
+    #[test]
+    fn adding_fast_is_the_reference() {
+        let mut numbers = Numbers(32);
+        for round in 0..40 {
+            let [rows, columns] = [(); 2].map(|()| numbers.pick(&[1, 3, 17]));
+            let entries =
+                SparseEntries { indices: some_indices(&mut numbers, rows * columns), tap: None };
+            let inputs = [
+                numbers.matrix(rows, columns).tracked(round % 2 == 0),
+                numbers.matrix(1, entries.indices.len()).tracked(round % 3 == 0),
+            ];
+            agree(
+                "add",
+                |x| add_sparse(x[0].clone(), vector(&x[1]), &entries),
+                |x| add_sparse_reference(x[0].clone(), vector(&x[1]), &entries),
+                &inputs,
+                1e-6,
+            );
+        }
+    }
+
+    #[test]
+    fn the_reference_follows_its_differences() {
+        let mut numbers = Numbers(33);
+        let weight: Vec<f32> = (0..20).map(|_| numbers.normal() as f32).collect();
+        let weight = PackedMatrix::from_f32(5, 4, weight, Form::F32).unwrap();
+        let entries = SparseEntries { indices: [0, 3, 9, 19].into(), tap: None };
+        let inputs = [numbers.matrix(3, 4), numbers.matrix(1, 4), numbers.matrix(1, 5)];
+        differences(
+            "sparse",
+            |x| {
+                let bias = Some(vector(&x[2]));
+                linear_sparse_reference(x[0].clone(), &weight, bias, vector(&x[1]), &entries)
+            },
+            &inputs,
+        );
+    }
+
+    #[derive(Debug, Default)]
+    struct Seen(Mutex<Vec<(Vec<f32>, Vec<f32>, Vec<u32>)>>);
+
+    impl GradientTap for Seen {
+        fn is_open(&self) -> bool {
+            true
+        }
+
+        fn see(&self, gradient: &[f32], weight: &dyn Fn(usize, &mut [f32]), indices: &[u32]) {
+            let mut first = vec![0.0; 3];
+            weight(0, &mut first);
+            self.0.lock().unwrap().push((gradient.to_vec(), first, indices.to_vec()));
+        }
+    }
+
+    #[test]
+    fn a_tap_sees_the_whole_gradient_and_an_empty_change_still_shows_it() {
+        let weight = Arc::new(PackedMatrix::from_f32(2, 3, vec![1.0; 6], Form::F32).unwrap());
+        let device = tensor::Device::flex().autodiff();
+        let x = Tensor::<2>::from_floats([[1.0, 2.0, 3.0]], &device);
+        for indices in [vec![], vec![4]] {
+            let tap = Arc::new(Seen::default());
+            let entries = SparseEntries {
+                indices: indices.clone().into(),
+                tap: Some(Arc::clone(&tap) as Arc<dyn GradientTap>),
+            };
+            let count = indices.len();
+            let changes =
+                Tensor::<1>::from_data(TensorData::new(vec![0.0_f32; count], [count]), &device)
+                    .require_grad();
+            let y = linear_sparse(x.clone(), &weight, None, changes.clone(), &entries);
+            let scale = Tensor::<2>::from_floats([[10.0, 100.0]], &device);
+            let gradients = (y * scale).sum().backward();
+            let found: Vec<f32> =
+                changes.grad(&gradients).unwrap().into_data().try_to_vec().unwrap();
+            // dW = dyᵀ x; entry 4 is row 1, column 1.
+            assert_eq!(found, if count == 0 { vec![] } else { vec![200.0] });
+            let seen = tap.0.lock().unwrap();
+            assert_eq!(seen.len(), 1);
+            assert_eq!(seen[0].0, [10.0, 20.0, 30.0, 100.0, 200.0, 300.0]);
+            assert_eq!((&seen[0].1, &seen[0].2), (&vec![1.0; 3], &indices));
+        }
+    }
+}
