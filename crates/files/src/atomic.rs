@@ -102,6 +102,8 @@ struct Staged {
     temp: PathBuf,
     before: Preserved,
     published: bool,
+    /// Whether unfinished content stays for a later run.
+    kept: bool,
 }
 
 impl Staged {
@@ -112,8 +114,13 @@ impl Staged {
     ) -> Result<(Self, T), WriteError> {
         let exists = fs::symlink_metadata(target).is_ok();
         let before = if exists { Preserved::Previous } else { Preserved::Nothing };
-        let mut staged =
-            Self { target: target.to_path_buf(), temp: PathBuf::new(), before, published: true };
+        let mut staged = Self {
+            target: target.to_path_buf(),
+            temp: PathBuf::new(),
+            before,
+            published: true,
+            kept: false,
+        };
         loop {
             staged.temp = sibling(target, PARTIAL).map_err(|e| staged.error("write", e))?;
             match create(&staged.temp) {
@@ -142,7 +149,7 @@ impl Staged {
 
 impl Drop for Staged {
     fn drop(&mut self) {
-        if !self.published {
+        if !self.published && !self.kept {
             // Nothing more can be done if this fails; `recover` removes it later.
             let _ = remove(&self.temp);
         }
@@ -251,6 +258,33 @@ impl AtomicFolder {
     pub fn create(target: &Path) -> Result<Self, WriteError> {
         let (staged, ()) = Staged::new(target, |temp| fs::create_dir(temp))?;
         Ok(Self { staged })
+    }
+
+    /// Starts or goes on with a folder that will stand at `target` and is kept when dropped.
+    ///
+    /// It has the hidden name `.<name>.<label>` beside the target, the same on every run, so that
+    /// long work survives an interruption. Whoever fills it must tell finished content from
+    /// unfinished, and keep two processes out of one folder.
+    ///
+    /// # Errors
+    /// [`WriteError`] if no folder can be made beside the target.
+    pub fn resume(target: &Path, label: &str) -> Result<Self, WriteError> {
+        let exists = fs::symlink_metadata(target).is_ok();
+        let mut staged = Staged {
+            target: target.to_path_buf(),
+            temp: PathBuf::new(),
+            before: if exists { Preserved::Previous } else { Preserved::Nothing },
+            published: true,
+            kept: true,
+        };
+        staged.temp = hidden(target, label).map_err(|e| staged.error("write", e))?;
+        match fs::create_dir(&staged.temp) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(staged.error("write", e)),
+            _ => {
+                staged.published = false;
+                Ok(Self { staged })
+            }
+        }
     }
 
     /// Returns the hidden folder to write the content into.
@@ -379,13 +413,19 @@ const PREVIOUS: &str = "previous";
 /// The process number keeps two programs apart, the count two writers of one program.
 fn sibling(target: &Path, ending: &str) -> io::Result<PathBuf> {
     static COUNT: AtomicU64 = AtomicU64::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    hidden(target, &format!("{}-{count}.{ending}", std::process::id()))
+}
+
+/// Names a hidden sibling: `.<name>.<ending>`.
+fn hidden(target: &Path, ending: &str) -> io::Result<PathBuf> {
     let name = target.file_name().ok_or_else(|| {
         io::Error::new(io::ErrorKind::InvalidInput, "the path does not end in a name")
     })?;
-    let count = COUNT.fetch_add(1, Ordering::Relaxed);
     let mut hidden = OsString::from(".");
     hidden.push(name);
-    hidden.push(format!(".{}-{count}.{ending}", std::process::id()));
+    hidden.push(".");
+    hidden.push(ending);
     Ok(parent(target).join(hidden))
 }
 

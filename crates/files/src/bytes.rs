@@ -14,7 +14,7 @@ pub struct FileBytes(Arc<Backing>);
 
 #[derive(Debug)]
 enum Backing {
-    Mapped(Mmap),
+    Mapped { map: Mmap, file: File },
     Held(Vec<u8>),
 }
 
@@ -41,7 +41,7 @@ impl FileBytes {
         // its memory safety: lengths and offsets are copied out, checked against the length of
         // the map and used as copied.
         let map = unsafe { Mmap::map(&file)? };
-        Ok(Self(Arc::new(Backing::Mapped(map))))
+        Ok(Self(Arc::new(Backing::Mapped { map, file })))
     }
 
     /// Shares a part of the bytes, keeping the whole alive. `None` if `range` lies outside.
@@ -49,6 +49,86 @@ impl FileBytes {
         self.get(range.clone())?;
         Some(FileSlice { bytes: self.clone(), range })
     }
+
+    /// Copies the bytes from `start` on into `out`, by a read of the file instead of the map.
+    ///
+    /// Pages of a map that were touched count as memory of the process; a pass over a whole model
+    /// that is read this way counts `out` only.
+    ///
+    /// # Errors
+    /// The system's error; [`io::ErrorKind::UnexpectedEof`] beyond the end.
+    pub fn read_at(&self, start: usize, out: &mut [u8]) -> io::Result<()> {
+        let end = start.checked_add(out.len());
+        let inside = end.and_then(|end| self.get(start..end));
+        let inside = inside.ok_or(io::ErrorKind::UnexpectedEof)?;
+        match &*self.0 {
+            Backing::Mapped { file, .. } => read_exact_at(file, out, start as u64),
+            Backing::Held(_) => {
+                out.copy_from_slice(inside);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Reads from a place of a file without moving a cursor others might share.
+///
+/// # Errors
+/// The system's error; [`io::ErrorKind::UnexpectedEof`] beyond the end.
+#[cfg(unix)]
+pub fn read_exact_at(file: &File, out: &mut [u8], start: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, out, start)
+}
+
+/// Writes to a place of a file without moving a cursor others might share.
+///
+/// # Errors
+/// The system's error.
+#[cfg(unix)]
+pub fn write_all_at(file: &File, bytes: &[u8], start: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::write_all_at(file, bytes, start)
+}
+
+/// Reads from a place of a file; every call names its place, so a moved cursor harms nobody.
+///
+/// # Errors
+/// The system's error; [`io::ErrorKind::UnexpectedEof`] beyond the end.
+#[cfg(windows)]
+pub fn read_exact_at(file: &File, mut out: &mut [u8], mut start: u64) -> io::Result<()> {
+    use std::os::windows::fs::FileExt;
+    while !out.is_empty() {
+        match file.seek_read(out, start) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => {
+                out = &mut out[n..];
+                start += n as u64;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Writes to a place of a file; every call names its place, so a moved cursor harms nobody.
+///
+/// # Errors
+/// The system's error.
+#[cfg(windows)]
+pub fn write_all_at(file: &File, mut bytes: &[u8], mut start: u64) -> io::Result<()> {
+    use std::os::windows::fs::FileExt;
+    while !bytes.is_empty() {
+        match file.seek_write(bytes, start) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => {
+                bytes = &bytes[n..];
+                start += n as u64;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }
 
 impl From<Vec<u8>> for FileBytes {
@@ -62,7 +142,7 @@ impl Deref for FileBytes {
 
     fn deref(&self) -> &[u8] {
         match &*self.0 {
-            Backing::Mapped(map) => map,
+            Backing::Mapped { map, .. } => map,
             Backing::Held(bytes) => bytes,
         }
     }
@@ -104,8 +184,23 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         let part = bytes.slice(1..3).unwrap();
         assert_eq!(bytes[..], [1, 2, 3, 4]);
+        let mut read = [0; 2];
+        bytes.read_at(2, &mut read).unwrap();
+        assert_eq!(read, [3, 4]);
         drop(bytes);
         assert_eq!(part[..], [2, 3]);
+    }
+
+    #[test]
+    fn reads_beyond_the_end_are_refused() {
+        let bytes = FileBytes::from(vec![1, 2, 3, 4]);
+        let mut read = [0; 2];
+        bytes.read_at(1, &mut read).unwrap();
+        assert_eq!(read, [2, 3]);
+        for start in [3, 4, usize::MAX] {
+            let error = bytes.read_at(start, &mut read).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "{start}");
+        }
     }
 
     #[test]

@@ -93,12 +93,21 @@ impl Dtype {
     /// The index of the first finite `F64` beyond the range of `f32`.
     pub(crate) fn decode(self, bytes: &[u8]) -> Result<Vec<f32>, usize> {
         let mut out = vec![0.0; bytes.len() / self.size()];
+        self.decode_into(bytes, &mut out)?;
+        Ok(out)
+    }
+
+    /// Decodes numbers into `f32`, as many as fit `out`.
+    ///
+    /// # Errors
+    /// As [`Self::decode`].
+    pub(crate) fn decode_into(self, bytes: &[u8], out: &mut [f32]) -> Result<(), usize> {
         match self {
-            F32 => numbers::f32_from_le(bytes, &mut out),
-            F16 => numbers::f16_to_f32(bytes, &mut out),
-            BF16 => numbers::bf16_to_f32(bytes, &mut out),
-            F8_E4M3 => numbers::f8_e4m3_to_f32(bytes, &mut out),
-            F8_E5M2 => numbers::f8_e5m2_to_f32(bytes, &mut out),
+            F32 => numbers::f32_from_le(bytes, out),
+            F16 => numbers::f16_to_f32(bytes, out),
+            BF16 => numbers::bf16_to_f32(bytes, out),
+            F8_E4M3 => numbers::f8_e4m3_to_f32(bytes, out),
+            F8_E5M2 => numbers::f8_e5m2_to_f32(bytes, out),
             F64 => {
                 for (i, (y, b)) in out.iter_mut().zip(bytes.as_chunks().0).enumerate() {
                     let wide = f64::from_le_bytes(*b);
@@ -108,17 +117,17 @@ impl Dtype {
                     }
                 }
             }
-            BOOL => fill(&mut out, bytes, |[b]: [u8; 1]| f32::from(u8::from(b != 0))),
-            U8 => fill(&mut out, bytes, |b| f32::from(u8::from_le_bytes(b))),
-            I8 => fill(&mut out, bytes, |b| f32::from(i8::from_le_bytes(b))),
-            U16 => fill(&mut out, bytes, |b| f32::from(u16::from_le_bytes(b))),
-            I16 => fill(&mut out, bytes, |b| f32::from(i16::from_le_bytes(b))),
-            U32 => fill(&mut out, bytes, |b| u32::from_le_bytes(b) as f32),
-            I32 => fill(&mut out, bytes, |b| i32::from_le_bytes(b) as f32),
-            U64 => fill(&mut out, bytes, |b| u64::from_le_bytes(b) as f32),
-            I64 => fill(&mut out, bytes, |b| i64::from_le_bytes(b) as f32),
+            BOOL => fill(out, bytes, |[b]: [u8; 1]| f32::from(u8::from(b != 0))),
+            U8 => fill(out, bytes, |b| f32::from(u8::from_le_bytes(b))),
+            I8 => fill(out, bytes, |b| f32::from(i8::from_le_bytes(b))),
+            U16 => fill(out, bytes, |b| f32::from(u16::from_le_bytes(b))),
+            I16 => fill(out, bytes, |b| f32::from(i16::from_le_bytes(b))),
+            U32 => fill(out, bytes, |b| u32::from_le_bytes(b) as f32),
+            I32 => fill(out, bytes, |b| i32::from_le_bytes(b) as f32),
+            U64 => fill(out, bytes, |b| u64::from_le_bytes(b) as f32),
+            I64 => fill(out, bytes, |b| i64::from_le_bytes(b) as f32),
         }
-        Ok(out)
+        Ok(())
     }
 
     /// Decodes integers and booleans; `None` for float types.
@@ -161,16 +170,26 @@ impl Dtype {
     /// # Ok::<(), retune_files::EncodeError>(())
     /// ```
     pub fn encode(self, values: &[f32]) -> Result<Vec<u8>, EncodeError> {
-        let mut out = vec![0; values.len() * self.size()];
+        let mut out = Vec::new();
+        self.encode_into(values, &mut out)?;
+        Ok(out)
+    }
+
+    /// Encodes as [`Self::encode`] into a buffer that is reused from call to call.
+    ///
+    /// # Errors
+    /// As [`Self::encode`]; the buffer's content is then of no use.
+    pub fn encode_into(self, values: &[f32], out: &mut Vec<u8>) -> Result<(), EncodeError> {
+        out.resize(values.len() * self.size(), 0);
         match self {
             F32 => {
-                numbers::f32_to_le(values, &mut out);
+                numbers::f32_to_le(values, out);
                 Ok(())
             }
-            F16 => numbers::f32_to_f16(values, &mut out),
-            BF16 => numbers::f32_to_bf16(values, &mut out),
-            F8_E4M3 => numbers::f32_to_f8_e4m3(values, &mut out),
-            F8_E5M2 => numbers::f32_to_f8_e5m2(values, &mut out),
+            F16 => numbers::f32_to_f16(values, out),
+            BF16 => numbers::f32_to_bf16(values, out),
+            F8_E4M3 => numbers::f32_to_f8_e4m3(values, out),
+            F8_E5M2 => numbers::f32_to_f8_e5m2(values, out),
             F64 => {
                 for (b, v) in out.as_chunks_mut().0.iter_mut().zip(values) {
                     *b = f64::from(*v).to_le_bytes();
@@ -185,8 +204,7 @@ impl Dtype {
             dtype: self,
             index,
             value: values[index],
-        })?;
-        Ok(out)
+        })
     }
 }
 

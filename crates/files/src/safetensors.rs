@@ -8,14 +8,14 @@ mod error;
 mod file;
 mod folder;
 mod header;
+mod layout;
 mod write;
 
 pub use error::{Problem, SafetensorsError};
 pub use file::{SafetensorsFile, TensorView};
 pub use folder::Safetensors;
-pub use write::{
-    SafetensorsWriter, ShardedWriter, TensorSpec, safetensors_bytes, write_safetensors,
-};
+pub use layout::{CheckpointLayout, FileLayout, TensorSpec};
+pub use write::{SafetensorsWriter, ShardedWriter, safetensors_bytes, write_safetensors};
 
 /// File names of a Hugging Face model folder.
 const SINGLE_FILE: &str = "model.safetensors";

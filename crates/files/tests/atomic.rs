@@ -113,6 +113,28 @@ fn a_folder_given_up_leaves_no_trace() {
     assert!(names(home.path()).is_empty());
 }
 
+#[test]
+fn a_resumable_folder_is_kept_until_it_is_published() {
+    let home = tempfile::tempdir().unwrap();
+    let target = home.path().join("merged");
+    let folder = AtomicFolder::resume(&target, "merging").unwrap();
+    write_file(&folder.path().join("a"), b"a").unwrap();
+    drop(folder);
+    assert_eq!(names(home.path()), [".merged.merging"]);
+    assert_eq!(recover(&target).unwrap().removed, [] as [PathBuf; 0]);
+    let folder = AtomicFolder::resume(&target, "merging").unwrap();
+    assert_eq!(names(folder.path()), ["a"]);
+    folder.commit().unwrap();
+    assert_eq!((names(home.path()), names(&target)), (vec!["merged".into()], vec!["a".into()]));
+    // A folder in the way is kept, and so is the work.
+    let folder = AtomicFolder::resume(&target, "merging").unwrap();
+    write_file(&folder.path().join("b"), b"b").unwrap();
+    assert_eq!(folder.commit().unwrap_err().cause, Cause::TargetExists);
+    assert_eq!(names(&home.path().join(".merged.merging")), ["b"]);
+    AtomicFolder::resume(&target, "merging").unwrap().replace().unwrap();
+    assert_eq!((names(home.path()), names(&target)), (vec!["merged".into()], vec!["b".into()]));
+}
+
 /// What `kill -9` leaves: the value is never dropped.
 fn crash(folder: AtomicFolder) -> PathBuf {
     let path = folder.path().to_path_buf();

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use proptest::prelude::*;
 use retune_files::ggml::BlockType;
 use retune_files::safetensors::{
-    Problem, Safetensors, SafetensorsFile, SafetensorsWriter, ShardedWriter, TensorSpec,
-    safetensors_bytes, write_safetensors,
+    CheckpointLayout, Problem, Safetensors, SafetensorsFile, SafetensorsWriter, ShardedWriter,
+    TensorSpec, safetensors_bytes, write_safetensors,
 };
 use retune_files::{Dtype, SaveError, TensorProblem};
 
@@ -207,6 +207,56 @@ fn the_order_of_writing_does_not_change_the_bytes() {
     assert_eq!(length % 8, 0);
     assert_eq!(std::str::from_utf8(&first[8..8 + length]).unwrap().trim_end_matches(' '), header);
     assert_eq!(first.len(), 8 + length + 29);
+}
+
+#[test]
+fn a_layout_says_where_the_writer_puts_every_byte() {
+    let home = tempfile::tempdir().unwrap();
+    for max_shard_bytes in [1, 20, u64::MAX] {
+        let folder = home.path().join(max_shard_bytes.to_string());
+        fs::create_dir(&folder).unwrap();
+        let layout = CheckpointLayout::new(&folder, &specs(), &none(), max_shard_bytes).unwrap();
+        sharded(&folder, max_shard_bytes);
+        assert_eq!(layout.index.is_some(), layout.files.len() > 1);
+        if let Some(index) = layout.index {
+            let path = folder.join(CheckpointLayout::INDEX_FILE);
+            assert_eq!(fs::read_to_string(path).unwrap(), index);
+        }
+        let weights = Safetensors::open(&folder).unwrap();
+        assert_eq!(weights.files().len(), layout.files.len());
+        for file in layout.files {
+            let bytes = fs::read(folder.join(&file.name)).unwrap();
+            assert_eq!(bytes[..file.head.len()], file.head[..]);
+            assert_eq!(bytes.len() as u64, file.length);
+            for (spec, span) in file.tensors {
+                let tensor = weights.tensor(&spec.name).unwrap();
+                assert_eq!(tensor.bytes, &bytes[span.start as usize..span.end as usize]);
+                assert_eq!((tensor.dtype, tensor.shape), (spec.dtype, &spec.shape[..]));
+            }
+        }
+    }
+}
+
+#[test]
+fn parts_of_a_tensor_are_read_without_the_map() {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("x");
+    for dtype in Dtype::ALL.into_iter().filter(|dtype| dtype.is_float()) {
+        let values: Vec<f32> = (0..7).map(|i| i as f32 - 2.0).collect();
+        let spec = TensorSpec::new("w", dtype, [7]);
+        write_safetensors(&path, &[(spec, dtype.encode(&values).unwrap())], &none()).unwrap();
+        let file = SafetensorsFile::open(&path).unwrap();
+        let tensor = file.tensor("w").unwrap();
+        let (mut out, mut scratch) = ([0.0; 3], vec![9; 100]);
+        for start in 0..=4 {
+            tensor.read_f32(start, &mut out, &mut scratch).unwrap();
+            assert_eq!(out, values[start..start + 3], "{dtype} from {start}");
+        }
+        for start in [5, 7, usize::MAX] {
+            let error = tensor.read_f32(start, &mut out, &mut scratch).unwrap_err();
+            assert!(matches!(error.problem, Problem::Io(_)), "{error}");
+        }
+    }
 }
 
 fn problem<T>(result: Result<T, SaveError>) -> TensorProblem {

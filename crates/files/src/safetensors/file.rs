@@ -147,6 +147,39 @@ impl TensorView<'_> {
         self.dtype.decode(self.bytes).map_err(|index| self.out_of_range(index, "f32"))
     }
 
+    /// Decodes the numbers from index `start` on as `f32`, until `out` is full, by a read of the
+    /// file instead of the map (see [`FileBytes::read_at`]).
+    ///
+    /// `scratch` is reused from call to call.
+    ///
+    /// # Errors
+    /// [`Problem::Io`] beyond the tensor's end or if the system refuses, [`Problem::OutOfRange`]
+    /// as [`Self::to_f32`].
+    pub fn read_f32(
+        &self,
+        start: usize,
+        out: &mut [f32],
+        scratch: &mut Vec<u8>,
+    ) -> Result<(), SafetensorsError> {
+        let size = self.dtype.size();
+        let inside = start.checked_add(out.len()).is_some_and(|end| end <= self.len());
+        if !inside {
+            let end = std::io::Error::from(std::io::ErrorKind::UnexpectedEof);
+            return Err(self.file.error(Problem::Io(end)));
+        }
+        let place = self.start + start * size;
+        let read = |bytes: &mut [u8]| {
+            self.file.bytes.read_at(place, bytes).map_err(|e| self.file.error(Problem::Io(e)))
+        };
+        if self.dtype == Dtype::F32 && cfg!(target_endian = "little") {
+            return read(bytemuck::cast_slice_mut(out));
+        }
+        scratch.resize(out.len() * size, 0);
+        read(scratch)?;
+        let decoded = self.dtype.decode_into(scratch, out);
+        decoded.map_err(|index| self.out_of_range(start + index, "f32"))
+    }
+
     /// Decodes integers and booleans.
     ///
     /// # Errors

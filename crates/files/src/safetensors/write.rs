@@ -1,95 +1,13 @@
 //! Writing safetensors files, whole or tensor by tensor.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
-
-use super::header::{self, METADATA};
-use super::{INDEX_FILE, SINGLE_FILE};
+use super::INDEX_FILE;
+use super::layout::{Layout, TensorSpec, shards};
 use crate::Dtype;
 use crate::atomic::write_file;
 use crate::placed::{PlacedFile, SaveError, TensorProblem};
-
-/// Name, type and shape of a tensor to be written.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorSpec {
-    /// Its name.
-    pub name: String,
-    /// The type of its numbers.
-    pub dtype: Dtype,
-    /// Its shape, slowest dimension first; empty for a scalar.
-    pub shape: Vec<usize>,
-}
-
-impl TensorSpec {
-    /// Puts the three together.
-    pub fn new(name: impl Into<String>, dtype: Dtype, shape: impl Into<Vec<usize>>) -> Self {
-        Self { name: name.into(), dtype, shape: shape.into() }
-    }
-}
-
-/// Everything about a file that is known before its first number.
-struct Layout<'a> {
-    specs: Vec<&'a TensorSpec>,
-    head: Vec<u8>,
-    spans: Vec<Range<u64>>,
-}
-
-impl<'a> Layout<'a> {
-    /// Orders tensors as the reference writer does, widest type first and then by name, which also
-    /// keeps every tensor aligned; loaders that view the file in place depend on it.
-    fn new(
-        path: &Path,
-        specs: impl Iterator<Item = &'a TensorSpec>,
-        metadata: &BTreeMap<String, String>,
-    ) -> Result<Self, SaveError> {
-        let mut specs: Vec<&TensorSpec> = specs.collect();
-        specs.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
-        let mut names: Vec<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
-        names.sort_unstable();
-        let fail = |name: &str, problem| Err(SaveError::tensor(path, name, problem));
-        if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-            return fail(pair[0], TensorProblem::Duplicate);
-        }
-        if names.contains(&METADATA) {
-            let why = "the format keeps it for the file's metadata";
-            return fail(METADATA, TensorProblem::Name(why));
-        }
-        let mut sizes = Vec::with_capacity(specs.len());
-        let mut total = 0usize;
-        for spec in &specs {
-            let bytes = header::byte_count(spec.dtype, &spec.shape);
-            let sum = bytes.and_then(|bytes| total.checked_add(bytes));
-            let (Some(bytes), Some(sum)) = (bytes, sum) else {
-                let why = "the file's size overflows".to_owned();
-                let shape = spec.shape.clone();
-                return fail(&spec.name, TensorProblem::Shape { shape, why });
-            };
-            sizes.push(bytes);
-            total = sum;
-        }
-        let fields = specs
-            .iter()
-            .zip(sizes)
-            .map(|(spec, bytes)| (spec.name.as_str(), spec.dtype, spec.shape.as_slice(), bytes));
-        let (head, spans) = header::build(fields, metadata);
-        if head.len() as u64 - 8 > header::MAX_HEADER_BYTES {
-            let message = format!(
-                "its header takes {} bytes, readers accept at most {}; split it into shards",
-                head.len() - 8,
-                header::MAX_HEADER_BYTES
-            );
-            return Err(SaveError::Unfit { file: path.to_path_buf(), message });
-        }
-        Ok(Self { specs, head, spans })
-    }
-
-    fn length(&self) -> u64 {
-        self.spans.last().map_or(self.head.len() as u64, |span| span.end)
-    }
-}
 
 /// Writes one safetensors file tensor by tensor, in any order, holding none of them.
 ///
@@ -179,21 +97,9 @@ impl SafetensorsWriter {
 pub struct ShardedWriter {
     folder: PathBuf,
     shards: Vec<SafetensorsWriter>,
-    index: Index,
+    /// The text of the index, where there are several files.
+    index: Option<String>,
     places: BTreeMap<String, usize>,
-}
-
-/// The index file, fields in the order of the ecosystem's writer.
-#[derive(Debug, Serialize)]
-struct Index {
-    metadata: Totals,
-    weight_map: BTreeMap<String, String>,
-}
-
-#[derive(Debug, Serialize)]
-struct Totals {
-    total_parameters: u64,
-    total_size: u64,
 }
 
 impl ShardedWriter {
@@ -207,45 +113,14 @@ impl ShardedWriter {
         metadata: &BTreeMap<String, String>,
         max_shard_bytes: u64,
     ) -> Result<Self, SaveError> {
-        // Checks the whole before it is cut: names must be unique across shards.
-        Layout::new(&folder.join(INDEX_FILE), specs.iter(), metadata)?;
-        let mut sorted: Vec<&TensorSpec> = specs.iter().collect();
-        sorted.sort_by(|a, b| a.name.cmp(&b.name));
-        let mut groups: Vec<Vec<&TensorSpec>> = vec![Vec::new()];
-        let mut totals = Totals { total_parameters: 0, total_size: 0 };
-        let mut filled = 0u64;
-        for spec in sorted {
-            let bytes = header::byte_count(spec.dtype, &spec.shape).unwrap_or_default() as u64;
-            totals.total_size += bytes;
-            totals.total_parameters += bytes / spec.dtype.size() as u64;
-            let fits = filled.checked_add(bytes).is_some_and(|sum| sum <= max_shard_bytes);
-            if filled > 0 && !fits {
-                groups.push(Vec::new());
-                filled = 0;
-            }
-            filled += bytes;
-            if let Some(group) = groups.last_mut() {
-                group.push(spec);
-            }
-        }
-        let count = groups.len();
-        let mut shards = Vec::with_capacity(count);
+        let (groups, index) = shards(folder, specs, metadata, max_shard_bytes)?;
+        let mut shards = Vec::with_capacity(groups.len());
         let mut places = BTreeMap::new();
-        let mut weight_map = BTreeMap::new();
-        for (i, group) in groups.into_iter().enumerate() {
-            let name = if count == 1 {
-                SINGLE_FILE.to_owned()
-            } else {
-                format!("model-{:05}-of-{count:05}.safetensors", i + 1)
-            };
-            for spec in &group {
-                places.insert(spec.name.clone(), i);
-                weight_map.insert(spec.name.clone(), name.clone());
-            }
+        for (i, (name, group)) in groups.into_iter().enumerate() {
+            places.extend(group.iter().map(|spec| (spec.name.clone(), i)));
             let shard = SafetensorsWriter::start(&folder.join(&name), group.into_iter(), metadata)?;
             shards.push(shard);
         }
-        let index = Index { metadata: totals, weight_map };
         Ok(Self { folder: folder.to_path_buf(), shards, index, places })
     }
 
@@ -282,17 +157,11 @@ impl ShardedWriter {
         for shard in &self.shards {
             shard.file.check_complete()?;
         }
-        let one_file = self.shards.len() == 1;
         for shard in self.shards {
             shard.finish()?;
         }
-        if !one_file {
-            let path = self.folder.join(INDEX_FILE);
-            let mut json = serde_json::to_string_pretty(&self.index).map_err(|e| {
-                SaveError::Unfit { file: path.clone(), message: format!("bad index: {e}") }
-            })?;
-            json.push('\n');
-            write_file(&path, json.as_bytes())?;
+        if let Some(index) = self.index {
+            write_file(&self.folder.join(INDEX_FILE), index.as_bytes())?;
         }
         Ok(())
     }

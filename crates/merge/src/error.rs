@@ -1,0 +1,73 @@
+//! What can go wrong, said with place, expectation, finding and help.
+
+use std::path::{Path, PathBuf};
+
+use retune_files::SaveError;
+use retune_files::atomic::WriteError;
+use retune_files::safetensors::SafetensorsError;
+
+/// Why weights could not be transformed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Weights cannot be read.
+    #[error(transparent)]
+    Read(#[from] SafetensorsError),
+    /// Weights cannot be laid out or written.
+    #[error(transparent)]
+    Save(#[from] SaveError),
+    /// The system refused to write.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// The system refused something else.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What was being done.
+        action: &'static str,
+        /// The system's error.
+        source: std::io::Error,
+    },
+    /// A file or folder is not what it should be.
+    #[error("{}: {what}: expected {expected}, found {found}; {help}", path.display())]
+    Content {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+        /// What should be there.
+        expected: String,
+        /// What is there.
+        found: String,
+        /// What to do.
+        help: String,
+    },
+    /// Writing stopped after some tensors, which are kept.
+    #[error(
+        "{source}; {done} of {total} tensors are kept in {}: repeat the command to go on, or \
+         delete that folder to start again",
+        kept.display()
+    )]
+    Interrupted {
+        /// The hidden folder with the work so far.
+        kept: PathBuf,
+        /// Tensors that need not be written again.
+        done: usize,
+        /// Tensors in all.
+        total: usize,
+        /// Why it stopped.
+        source: Box<Error>,
+    },
+}
+
+/// A result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// Names the path of a system's error.
+    pub(crate) fn io(path: &Path, action: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_path_buf();
+        move |source| Self::Io { path, action, source }
+    }
+}
