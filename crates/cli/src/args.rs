@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::commands::compress::{CompressArguments, DecompressArguments};
+
 /// Tunes pretrained models without Python: few parameters, chosen settings, an ordinary processor.
 #[derive(Debug, Parser)]
 #[command(name = "retune", version, propagate_version = true, arg_required_else_help = true)]
@@ -109,6 +111,10 @@ pub(crate) enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Compresses an adapter or a full change to signs and one scale (ComPEFT).
+    Compress(CompressArguments),
+    /// Writes a compressed adapter as an ordinary one.
+    Decompress(DecompressArguments),
     /// Shows template, mask, trainable list and forecasts before step 1.
     Doctor {
         /// The recipe.

@@ -69,6 +69,7 @@ failed!(
     retune_core::Error,
     retune_data::Error,
     retune_hub::HubError,
+    retune_merge::Error,
     retune_train::Error,
     retune_files::atomic::WriteError,
     retune_files::SaveError,

@@ -13,6 +13,10 @@ pub enum Error {
     #[error(transparent)]
     Safetensors(#[from] retune_files::safetensors::SafetensorsError),
 
+    /// A compressed update cannot be read.
+    #[error(transparent)]
+    Compeft(#[from] retune_files::compeft::CompeftError),
+
     /// A GGUF file cannot be read.
     #[error(transparent)]
     Gguf(#[from] retune_files::gguf::GgufError),

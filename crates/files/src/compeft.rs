@@ -73,8 +73,8 @@ pub struct Sizes {
     pub file_bytes: u64,
     /// The streams of signs.
     pub coded_bytes: u64,
-    /// The fewest bytes any code of such signs could take: one density for all tensors, independent
-    /// entries, 16 bits for the scale.
+    /// The entropy of the signs by the paper's formula: independent entries, one density for all
+    /// tensors, 16 bits for the scale. Tensors of different density take less.
     pub entropy_bytes: f64,
     /// Whole tensors kept as they are.
     pub raw_bytes: u64,

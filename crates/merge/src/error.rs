@@ -16,6 +16,19 @@ pub enum Error {
     /// Weights cannot be laid out or written.
     #[error(transparent)]
     Save(#[from] SaveError),
+    /// A compressed update cannot be read or made.
+    #[error(transparent)]
+    Compeft(#[from] retune_files::compeft::CompeftError),
+    /// A setting is impossible.
+    #[error("{setting}: expected {expected}, found {found}")]
+    Setting {
+        /// Its name.
+        setting: String,
+        /// What it may be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
     /// The system refused to write.
     #[error(transparent)]
     Write(#[from] WriteError),

@@ -2,8 +2,10 @@
 //!
 //! Everything streams: memory holds a few tensors, whatever the size of the model.
 
+pub mod compeft;
 mod error;
 pub mod source;
+pub mod update;
 pub mod writer;
 
 pub use error::{Error, Result};

@@ -12,7 +12,7 @@ use retune_files::atomic::AtomicFolder;
 use retune_files::safetensors::{SafetensorsFile, SafetensorsWriter, TensorSpec};
 use serde_json::{Map, Value, json};
 
-use crate::registry;
+use crate::{compressed, difference, registry};
 
 /// What PEFT puts before a module's path.
 pub const PREFIX: &str = "base_model.model.";
@@ -43,7 +43,7 @@ pub fn peft_config(peft_type: &str, spec: &ModelSpec) -> Map<String, Value> {
 }
 
 /// An adapter as it lies in a folder.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Adapter {
     /// `adapter_config.json`.
     pub config: Value,
@@ -100,11 +100,14 @@ impl Adapter {
         Ok(adapter)
     }
 
-    /// Reads a folder.
+    /// Reads a folder, or a file that ComPEFT compressed.
     ///
     /// # Errors
     /// If a file is missing, damaged, or not of an adapter.
     pub fn read(folder: &Path) -> Result<Self> {
+        if let Some(file) = compressed::find(folder) {
+            return compressed::read(&file);
+        }
         let path = folder.join(CONFIG);
         let wrong = |what: &str, found: String| Error::Content {
             path: path.clone(),
@@ -180,6 +183,9 @@ impl Adapter {
     /// # Errors
     /// If the type is unknown, or a setting of it is not supported.
     pub fn method(&self) -> Result<Box<dyn Method>> {
+        if self.config.get("peft_type").is_some_and(|kind| kind == difference::PEFT_TYPE) {
+            return Ok(Box::new(difference::Difference::from_adapter(&self.config)?));
+        }
         registry::from_adapter(&self.config)
     }
 

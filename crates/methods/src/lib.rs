@@ -8,6 +8,8 @@ pub mod adapter;
 pub mod beft;
 pub mod checks;
 pub mod frame;
+pub mod compressed;
+pub mod difference;
 pub mod full;
 pub mod hra;
 pub mod ia3;

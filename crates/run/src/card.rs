@@ -23,6 +23,39 @@ pub fn merged_card(base: &str, adapter: &str) -> String {
     )
 }
 
+/// What a card says of weights that were computed from other weights.
+#[derive(Debug, Clone, Copy)]
+pub struct Derived<'a> {
+    /// The library that reads them.
+    pub library: &'a str,
+    /// The model they belong to, where it is known.
+    pub base: Option<&'a str>,
+    /// What was done, as a tag of the hub.
+    pub tag: &'a str,
+    /// The heading.
+    pub title: &'a str,
+    /// One sentence on how they were made, with the source.
+    pub summary: &'a str,
+    /// Names and values of the table.
+    pub facts: &'a [(&'a str, String)],
+}
+
+/// Writes the card of weights that were computed from other weights, with the hub's front matter.
+pub fn derived_card(derived: &Derived<'_>) -> String {
+    let mut text = format!("---\nlibrary_name: {}\n", derived.library);
+    // Errors of writing into a String do not happen.
+    if let Some(base) = derived.base {
+        let _ = writeln!(text, "base_model: {base}");
+    }
+    let _ = writeln!(text, "tags:\n- {}\n- retune\n---\n", derived.tag);
+    let _ = writeln!(text, "# {}\n\n{}\n\n| | |\n|---|---|", derived.title, derived.summary);
+    for (name, value) in derived.facts {
+        let _ = writeln!(text, "| {name} | {value} |");
+    }
+    let _ = writeln!(text, "| made with | retune {} |", env!("CARGO_PKG_VERSION"));
+    text
+}
+
 fn card(prepared: &Prepared, library: &str) -> String {
     let plan = &prepared.plan;
     let card = prepared.recipe.method.card();

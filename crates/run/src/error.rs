@@ -31,6 +31,10 @@ pub enum Error {
     #[error(transparent)]
     Train(#[from] retune_train::Error),
 
+    /// Weights cannot be transformed.
+    #[error(transparent)]
+    Merge(#[from] retune_merge::Error),
+
     /// A file cannot be written.
     #[error(transparent)]
     Write(#[from] retune_files::atomic::WriteError),

@@ -117,6 +117,17 @@ impl Opened {
     }
 }
 
+/// Returns the hash a model is recognised by, without opening its weights for use.
+///
+/// # Errors
+/// If files are missing, damaged, or of an unknown architecture.
+pub fn fingerprint(located: &Located) -> Result<String> {
+    match &located.found.identity.sha256 {
+        Some(known) => Ok(known.clone()),
+        None => Ok(retune_models::open(&located.path)?.fingerprint()),
+    }
+}
+
 /// Refuses an adapter that was trained on another base.
 ///
 /// An adapter that does not say what it was trained on (PEFT's own do not) is taken as it is; its

@@ -1,6 +1,7 @@
 //! One file per command.
 
 mod chat;
+pub(crate) mod compress;
 mod describe;
 mod doctor;
 mod eval;
@@ -37,6 +38,8 @@ pub(crate) fn dispatch(arguments: Arguments) -> Result<(), Failure> {
         Command::Export { model, adapter, format, output, force } => {
             export::export(&model, adapter.as_deref(), &format, &output, force, json)
         }
+        Command::Compress(arguments) => compress::compress(&arguments, json),
+        Command::Decompress(arguments) => compress::decompress(&arguments, json),
         Command::Doctor { recipe, rows } => doctor::doctor(&recipe, rows, json),
         Command::Methods { name } => describe::methods(name.as_deref(), json),
         Command::Models => {

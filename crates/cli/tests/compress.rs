@@ -1,0 +1,113 @@
+//! `compress` and `decompress` as a person meets them.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn retune(folder: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_retune"))
+        .args(arguments)
+        .current_dir(folder)
+        .env("RETUNE_CACHE", folder.join("cache"))
+        .env("HF_HUB_OFFLINE", "1")
+        .env("NO_COLOR", "1")
+        .output()
+        .unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn json(folder: &Path, arguments: &[&str]) -> serde_json::Value {
+    let out = retune(folder, &[arguments, &["--json"]].concat());
+    assert!(out.status.success(), "{}{}", text(&out.stdout), text(&out.stderr));
+    serde_json::from_slice(&out.stdout).unwrap()
+}
+
+fn refused(folder: &Path, arguments: &[&str], what: &str) {
+    let out = retune(folder, arguments);
+    assert!(!out.status.success());
+    assert!(text(&out.stderr).contains(what), "{}", text(&out.stderr));
+}
+
+/// Trains a small adapter of the model inside the program.
+fn trained(folder: &Path) {
+    let row = |i: usize| {
+        let (word, kind) = [("whale", "animal"), ("harpoon", "object")][i % 2];
+        format!(
+            "{{\"messages\": [{{\"role\": \"user\", \"content\": \"{word} number {i}\"}}, \
+             {{\"role\": \"assistant\", \"content\": \"{kind}\"}}]}}\n"
+        )
+    };
+    std::fs::write(folder.join("rows.jsonl"), (0..16).map(row).collect::<String>()).unwrap();
+    let recipe = "model = \"builtin:tiny\"\n[data]\ntrain = \"rows.jsonl\"\n\
+                  validation_fraction = 0.25\n[method.lora]\nrank = 4\n[train]\nsteps = 8\n\
+                  batch_size = 4\nlearning_rate = 5e-3\n[evaluate]\nkind = \"choice\"\n";
+    std::fs::write(folder.join("small.toml"), recipe).unwrap();
+    let out = retune(folder, &["run", "small.toml"]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+}
+
+#[test]
+fn an_adapter_is_compressed_used_and_written_out_again() {
+    let home = tempfile::tempdir().unwrap();
+    let folder = home.path();
+    trained(folder);
+    let adapter = "runs/small-1/adapter";
+    let found = json(
+        folder,
+        &[
+            "compress",
+            adapter,
+            "--density",
+            "0.2",
+            "--search",
+            "alpha",
+            "--recipe",
+            "small.toml",
+            "--output",
+            "small",
+        ],
+    );
+    let trials = found["trials"].as_array().unwrap();
+    assert_eq!(trials.len(), 9);
+    let least = trials
+        .iter()
+        .min_by(|a, b| a["loss"].as_f64().unwrap().total_cmp(&b["loss"].as_f64().unwrap()));
+    assert_eq!(found["alpha"], least.unwrap()["alpha"]);
+    assert!(found["ratio"].as_f64().unwrap() > 8.0, "{found}");
+    let bytes = std::fs::metadata(folder.join("small/adapter_model.compeft")).unwrap().len();
+    assert_eq!(found["sizes"]["file_bytes"].as_u64(), Some(bytes));
+
+    // What the search measured is what the compressed adapter does.
+    let eval = json(folder, &["eval", "small.toml", "--adapter", "small"]);
+    let loss = eval["measurement"]["metrics"]["loss"]["value"].as_f64().unwrap();
+    assert!((loss - least.unwrap()["loss"].as_f64().unwrap()).abs() < 1e-9, "{eval}");
+
+    let model = ["--model", "builtin:tiny", "--adapter"];
+    let out =
+        retune(folder, &[&["generate", "--prompt", "whale"], &model[..], &["small"]].concat());
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    json(folder, &[&["merge-adapter", "--output", "merged"], &model[..], &[adapter]].concat());
+    json(folder, &["decompress", "small", "--output", "plain"]);
+    let again = json(folder, &["eval", "small.toml", "--adapter", "plain"]);
+    assert_eq!(again["measurement"]["metrics"], eval["measurement"]["metrics"]);
+
+    // A whole model, against its base, and used on it.
+    let full = ["compress", "merged", "--density", "0.1", "--output", "change.compeft"];
+    refused(folder, &full, "--base");
+    let found = json(folder, &[&full[..], &["--base", "builtin:tiny"]].concat());
+    assert!(found["sizes"]["num_entries"].as_u64().unwrap() > 1_000_000, "{found}");
+    json(folder, &["eval", "small.toml", "--adapter", "change.compeft"]);
+    refused(folder, &["eval", "small.toml", "--adapter", "missing.compeft"], "missing.compeft");
+    let other = ["generate", "--model", "merged", "--prompt", "a", "--adapter", "change.compeft"];
+    refused(folder, &other, "another base");
+
+    refused(folder, &["compress", adapter, "--output", "small"], "exists already");
+    refused(folder, &["compress", "small", "--output", "x"], "compressed already");
+    refused(folder, &["compress", adapter, "--density", "2", "--output", "x"], "at most 1");
+    refused(folder, &["decompress", "change.compeft", "--output", "x"], "merge-adapter");
+    let out = retune(folder, &["compress", adapter, "--search", "alpha", "--output", "x"]);
+    assert_eq!(out.status.code(), Some(2), "a search needs a recipe");
+}

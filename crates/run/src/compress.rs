@@ -1,0 +1,169 @@
+//! ComPEFT from end to end: compress an adapter or a tuned model, and pick the scale by measuring.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use retune_core::model::Tuned;
+use retune_core::parameters::Parameters;
+use retune_core::random::Seed;
+use retune_evaluate::validation::validate;
+use retune_files::atomic::{AtomicFolder, write_file};
+use retune_files::compeft::{CompeftFile, Sizes};
+use retune_merge::compeft::{ALPHAS, Selection, Settings, compress};
+use retune_merge::update::{Start, Update};
+use retune_methods::compressed::{FILE, decode};
+use serde_json::Value;
+
+use crate::card::{Derived, derived_card};
+use crate::error::{Error, Result};
+use crate::open::check_base;
+use crate::prepare::Prepared;
+
+/// Tokens in one pass of an evaluation.
+const EVALUATION_TOKENS: usize = 2048;
+
+/// An update after compression, in memory.
+#[derive(Debug)]
+pub struct Compressed {
+    bytes: Vec<u8>,
+    /// What it takes.
+    pub sizes: Sizes,
+    /// What was kept.
+    pub selection: Selection,
+    settings: Settings,
+    config: Option<String>,
+    base: Option<String>,
+}
+
+/// One scale that was tried.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct Trial {
+    /// The scale in standard deviations of the update.
+    pub alpha: f64,
+    /// Mean loss of the rows.
+    pub loss: f64,
+    /// Share of rows whose class was right, for classifiers.
+    pub accuracy: Option<f64>,
+}
+
+/// The base of a full change: its name, and the hash it is recognised by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Base {
+    /// What the person called it.
+    pub name: String,
+    /// SHA-256 over its weights.
+    pub fingerprint: String,
+}
+
+impl Compressed {
+    /// Compresses an update.
+    ///
+    /// # Errors
+    /// Those of reading, and of settings that keep nothing.
+    pub fn make(update: &Update, settings: Settings, base: Option<&Base>) -> Result<Self> {
+        let mut metadata = BTreeMap::new();
+        if let Some(base) = base {
+            metadata.insert("base".to_owned(), base.name.clone());
+            metadata.insert("base_sha256".to_owned(), base.fingerprint.clone());
+        }
+        let (bytes, selection) = compress(update, settings, &metadata)?;
+        let file = CompeftFile::from_bytes("the compressed update", bytes.clone())
+            .map_err(retune_core::Error::from)?;
+        let config = update.config().map(str::to_owned);
+        let named = |text: &String| {
+            let config: Value = serde_json::from_str(text).ok()?;
+            config.get("base_model_name_or_path")?.as_str().map(str::to_owned)
+        };
+        let base = base.map(|base| base.name.clone()).or_else(|| config.as_ref().and_then(named));
+        debug_assert_eq!(update.start() == Start::Base, config.is_none());
+        Ok(Self { sizes: file.sizes(), bytes, selection, settings, config, base })
+    }
+
+    /// Measures the scales of the paper's grid on a recipe's held-out rows, in their order.
+    ///
+    /// The signs stay; only their size changes, so nothing is selected again.
+    ///
+    /// # Errors
+    /// If the recipe has no held-out rows, or the update does not fit its model.
+    pub fn try_alphas(&self, path: &Path, prepared: &Prepared, force: bool) -> Result<Vec<Trial>> {
+        let Some(rows) = &prepared.splits.validation else {
+            return Err(Error::Plan {
+                what: "the scale cannot be chosen".to_owned(),
+                expected: "rows the model was not trained on".to_owned(),
+                found: "a recipe without validation rows".to_owned(),
+                help: "set `data.validation` or `data.validation_fraction` in the recipe"
+                    .to_owned(),
+            });
+        };
+        let batches = rows.batches(prepared.recipe.evaluate.rows, EVALUATION_TOKENS)?;
+        let file =
+            CompeftFile::from_bytes(path, self.bytes.clone()).map_err(retune_core::Error::from)?;
+        let weights = &prepared.opened.weights;
+        let mut parameters = Parameters::new(weights.device());
+        let mut adapter = decode(&file, 1.0)?;
+        check_base(path, &adapter, &prepared.opened, force)?;
+        let changes = adapter.method()?.attach(weights, &mut parameters, Seed(0))?;
+        let mut trials = Vec::new();
+        for alpha in ALPHAS {
+            adapter = decode(&file, (alpha / self.settings.alpha) as f32)?;
+            adapter.fill(path, &mut parameters)?;
+            let tuned = Tuned {
+                model: prepared.opened.checkpoint.model.as_ref(),
+                weights,
+                changes: &changes,
+                parameters: &parameters,
+            };
+            let found = validate(&tuned, &batches)?;
+            trials.push(Trial { alpha, loss: found.loss, accuracy: found.accuracy });
+        }
+        Ok(trials)
+    }
+
+    /// Writes one file, where the path ends in `.compeft`, or a folder with the file, a card and,
+    /// for adapters, PEFT's configuration.
+    ///
+    /// # Errors
+    /// If the disk is full or the place read-only; nothing half-written is left.
+    pub fn write(&self, title: &str, output: &Path) -> Result<()> {
+        if output.extension().is_some_and(|end| end == "compeft") {
+            return Ok(write_file(output, &self.bytes)?);
+        }
+        let staging = AtomicFolder::create(output)?;
+        let write = |name: &str, content: &[u8]| {
+            std::fs::write(staging.path().join(name), content).map_err(|e| staging.error(e))
+        };
+        write(FILE, &self.bytes)?;
+        write("README.md", self.card(title).as_bytes())?;
+        if let Some(config) = &self.config {
+            write("adapter_config.json", config.as_bytes())?;
+        }
+        Ok(staging.replace()?)
+    }
+
+    fn card(&self, title: &str) -> String {
+        let sizes = &self.sizes;
+        let percent = |share: f64| format!("{:.2} %", 100.0 * share);
+        let facts = [
+            ("entries kept", format!("{} of {}", sizes.num_nonzero, sizes.num_entries)),
+            ("density", percent(sizes.density())),
+            ("alpha", format!("{} standard deviations", self.settings.alpha)),
+            ("size", format!("{} bytes", sizes.file_bytes)),
+            ("of its half-precision size", percent(1.0 / sizes.ratio())),
+        ];
+        derived_card(&Derived {
+            library: "retune",
+            base: self.base.as_deref(),
+            tag: "compeft",
+            title,
+            summary: "An update of weights compressed with ComPEFT (Yadav et al., 2023, arXiv \
+                      2311.13171): the signs of its largest entries and one scale. `retune` uses \
+                      it as it is; `retune decompress` makes an ordinary adapter of it.",
+            facts: &facts,
+        })
+    }
+}
+
+/// Returns the trial with the least loss; the smaller scale where two are equal.
+pub fn best(trials: &[Trial]) -> Option<Trial> {
+    trials.iter().copied().min_by(|a, b| a.loss.total_cmp(&b.loss))
+}
