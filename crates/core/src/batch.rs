@@ -25,6 +25,9 @@ pub struct Batch {
     pub classes: Vec<Option<u32>>,
     /// Where each document came from (row numbers of the data), for messages.
     pub rows: Vec<usize>,
+    /// The task of each document, for methods that learn several; nothing where the method's own
+    /// setting counts for all.
+    pub tasks: Option<Vec<usize>>,
 }
 
 /// One document before it is laid into a [`Batch`].
@@ -57,6 +60,7 @@ impl Batch {
             targets: Vec::with_capacity(total),
             classes: Vec::with_capacity(documents.len()),
             rows: Vec::with_capacity(documents.len()),
+            tasks: None,
         };
         let typed = documents.iter().any(|d| d.token_types.is_some());
         let mut types = Vec::new();
@@ -101,11 +105,37 @@ impl Batch {
         }
     }
 
-    /// Checks that a model of this vocabulary and length can read the batch.
+    /// Checks that every document's task is one of `count`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] that names the row of the first that is not, or a list of another length.
+    pub fn check_tasks(&self, count: usize) -> Result<()> {
+        let Some(tasks) = &self.tasks else { return Ok(()) };
+        let wrong = |what: String, expected: String, found: usize| Error::Input {
+            what,
+            expected,
+            found: found.to_string(),
+            help: "give each row the number of its task, counted from 0".to_owned(),
+        };
+        if tasks.len() != self.spans.documents() {
+            let expected = format!("one for each of {} documents", self.spans.documents());
+            return Err(wrong("tasks do not fit the batch".to_owned(), expected, tasks.len()));
+        }
+        match tasks.iter().zip(&self.rows).find(|(task, _)| **task >= count) {
+            Some((task, row)) => {
+                let what = format!("row {row} has a task the method does not know");
+                Err(wrong(what, format!("0 to {}", count.saturating_sub(1)), *task))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Checks that a model of this vocabulary and length can read the batch, when a method takes
+    /// `taken` positions before each document.
     ///
     /// # Errors
     /// [`Error::Input`] that names the row of the first token or document that does not fit.
-    pub fn check(&self, spec: &crate::spec::ModelSpec) -> Result<()> {
+    pub fn check(&self, spec: &crate::spec::ModelSpec, taken: usize) -> Result<()> {
         for (index, span) in self.spans.iter().enumerate() {
             let row = self.rows.get(index).copied().unwrap_or(index);
             if let Some(token) =
@@ -120,10 +150,16 @@ impl Batch {
                 });
             }
             let last = self.positions[span].iter().max().copied().unwrap_or(0);
-            if last >= spec.max_positions {
+            if last + taken >= spec.max_positions {
+                let room = spec.max_positions.saturating_sub(taken);
                 return Err(Error::Input {
                     what: format!("row {row} is longer than the model can read"),
-                    expected: format!("at most {} tokens", spec.max_positions),
+                    expected: match taken {
+                        0 => format!("at most {room} tokens"),
+                        _ => {
+                            format!("at most {room} tokens, as the method takes {taken} positions")
+                        }
+                    },
                     found: format!("{} tokens", last + 1),
                     help: "set a smaller `data.max_length`, or split the row".to_owned(),
                 });
@@ -155,6 +191,18 @@ mod tests {
         assert_eq!(batch.targets, [Some(6), Some(7), None, Some(9), None]);
         assert_eq!(batch.positions, [0, 1, 2, 0, 1]);
         assert_eq!(batch.spans.iter().collect::<Vec<_>>(), [0..3, 3..5]);
+    }
+
+    #[test]
+    fn an_unknown_task_is_named_with_its_row() {
+        let mut batch = Batch::new(&[document(&[5], &[0], 4), document(&[6], &[0], 9)]).unwrap();
+        assert!(batch.check_tasks(1).is_ok());
+        batch.tasks = Some(vec![1, 2]);
+        assert!(batch.check_tasks(3).is_ok());
+        let error = batch.check_tasks(2).unwrap_err().to_string();
+        assert!(error.contains("row 9") && error.contains("0 to 1"), "{error}");
+        batch.tasks = Some(vec![0]);
+        assert!(batch.check_tasks(2).is_err());
     }
 
     #[test]

@@ -1,16 +1,19 @@
-//! The two kinds of change a method makes: to weights at their path, to states at a site.
+//! The kinds of change a method makes: to weights at their path, to states at a site, to the input
+//! and to attention.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::error::Result;
+use crate::history::History;
 use crate::parameters::{ParameterId, Parameters};
 use crate::random::Seed;
 use crate::site::Site;
 use crate::weights::Weights;
-use retune_kernels::Spans;
 use retune_kernels::matrix::PackedMatrix;
+use retune_kernels::{AttentionOptions, Spans};
 use tensor::{Tensor, TensorData};
 
 /// Whether a pass learns.
@@ -71,6 +74,16 @@ impl<'a> Scope<'a> {
         } else {
             self.parameters.constant(id, shape)
         }
+    }
+
+    /// Draws numbers from `[0, 1)` while the pass learns; nothing else.
+    pub fn uniform<const D: usize>(&mut self, shape: [usize; D]) -> Option<Tensor<D>> {
+        let Mode::Train { seed, pass } = self.mode else { return None };
+        self.draws += 1;
+        let mut random = seed.stream("uniform", &[pass, self.draws]);
+        let count = shape.iter().product();
+        let values: Vec<f32> = (0..count).map(|_| random.uniform() as f32).collect();
+        Some(Tensor::from_data(TensorData::new(values, shape), self.parameters.device()))
     }
 
     /// Zeroes each entry with probability `rate` and scales the rest by `1 / (1 - rate)`.
@@ -137,15 +150,46 @@ pub trait WeightChange: Debug + Send + Sync {
 /// What a state change sees beside the state itself.
 #[derive(Debug)]
 pub struct SiteView<'a> {
-    /// Where the change is applied.
-    pub site: Site,
-    /// What the sub-layer read, at `Output` sites: parallel adapters work on it.
+    /// The site, or nothing where the change is of a linear layer's output.
+    pub site: Option<Site>,
+    /// What was read: by the sub-layer at its `Heads`, `Hidden` and `Output` sites, by the linear
+    /// layer at its output. Parallel adapters work on it.
     pub input: Option<&'a Tensor<2>>,
-    /// Where documents begin and end.
+    /// Where documents begin and end among the rows, virtual tokens included.
     pub spans: &'a Spans,
+    /// Whether a row may see only what stands before it.
+    pub causal: bool,
+    /// The task of each document, where the batch has several.
+    pub tasks: Option<&'a [usize]>,
+    pub(crate) layer_inputs: &'a BTreeMap<usize, Tensor<2>>,
+    pub(crate) history: Option<RefCell<&'a mut History>>,
 }
 
-/// A change of the states at one site.
+impl SiteView<'_> {
+    /// Returns what entered a block that the change named in [`StateChange::reads_layer`].
+    ///
+    /// # Shapes
+    /// - returns: `[tokens, width]`
+    pub fn layer_input(&self, layer: usize) -> Option<&Tensor<2>> {
+        self.layer_inputs.get(&layer)
+    }
+
+    /// Returns these rows behind those of the same documents that earlier passes gave under `key`:
+    /// convolutions and attention of a change see the whole text although it is read piece by
+    /// piece.
+    ///
+    /// # Shapes
+    /// - `rows`: `[tokens, width]`
+    /// - returns: `[all tokens, width]`, and where documents begin among them
+    pub fn with_earlier(&self, key: ParameterId, rows: Tensor<2>) -> (Tensor<2>, Spans) {
+        match &self.history {
+            Some(history) => history.borrow_mut().extend(key, &rows, self.spans),
+            None => (rows, self.spans.clone()),
+        }
+    }
+}
+
+/// A change of the states at one site, or of what a linear layer puts out.
 pub trait StateChange: Debug + Send + Sync {
     /// Returns the parameters and buffers this change uses.
     fn parameters(&self) -> Vec<ParameterId>;
@@ -156,6 +200,93 @@ pub trait StateChange: Debug + Send + Sync {
     /// - `x`: `[tokens, width]`, as the site's table says
     /// - returns: the same
     fn apply(&self, x: Tensor<2>, at: &SiteView<'_>, scope: &mut Scope<'_>) -> Tensor<2>;
+
+    /// Names the block whose input the change looks at beside the state, if any.
+    fn reads_layer(&self) -> Option<usize> {
+        None
+    }
+}
+
+/// What a change of the input sees beside the embeddings.
+#[derive(Debug)]
+pub struct InputView<'a> {
+    /// The tasks of the documents asked for, where the batch has several.
+    pub tasks: Option<&'a [usize]>,
+    /// Position of each token in its document, virtual tokens not counted, `[tokens]`.
+    pub positions: &'a [usize],
+}
+
+/// A change of the embeddings before positions are added to them: virtual tokens, or offsets.
+pub trait InputChange: Debug + Send + Sync {
+    /// Returns the parameters and buffers this change uses.
+    fn parameters(&self) -> Vec<ParameterId>;
+
+    /// Returns how many virtual tokens stand before each document.
+    fn num_virtual(&self) -> usize {
+        0
+    }
+
+    /// Computes the embeddings of the virtual tokens of `documents` documents, one after another.
+    ///
+    /// # Shapes
+    /// - returns: `[documents · virtual tokens, width]`, or nothing where there are none
+    fn virtual_tokens(
+        &self,
+        _documents: usize,
+        _view: &InputView<'_>,
+        _scope: &mut Scope<'_>,
+    ) -> Option<Tensor<2>> {
+        None
+    }
+
+    /// Computes the changed embeddings of the tokens themselves.
+    ///
+    /// # Shapes
+    /// - `x`: `[tokens, width]`
+    /// - returns: the same
+    fn tokens(&self, x: Tensor<2>, _view: &InputView<'_>, _scope: &mut Scope<'_>) -> Tensor<2> {
+        x
+    }
+}
+
+/// A change of one block's self-attention.
+pub trait AttentionChange: Debug + Send + Sync {
+    /// Returns the parameters and buffers this change uses.
+    fn parameters(&self) -> Vec<ParameterId>;
+
+    /// Returns how many keys stand before those of each document.
+    fn num_prefix(&self) -> usize {
+        0
+    }
+
+    /// Returns whether the prefix takes positions, so that a text begins behind it.
+    fn takes_positions(&self) -> bool {
+        false
+    }
+
+    /// Computes keys and values that every query of every document sees; they are not rotated.
+    ///
+    /// # Shapes
+    /// - returns: twice `[prefix, key heads · head width]`, or nothing where there is none
+    fn prefix(&self, _scope: &mut Scope<'_>) -> Option<[Tensor<2>; 2]> {
+        None
+    }
+
+    /// Computes the changed head outputs.
+    ///
+    /// # Shapes
+    /// - `heads`: `[tokens, heads · head width]`
+    /// - `queries`: the same, as attention reads them (rotated where the model rotates)
+    /// - returns: the same
+    fn heads(
+        &self,
+        heads: Tensor<2>,
+        _queries: &Tensor<2>,
+        _options: &AttentionOptions,
+        _scope: &mut Scope<'_>,
+    ) -> Tensor<2> {
+        heads
+    }
 }
 
 /// All changes in force, by place; several at one place apply in the order they were added.
@@ -163,6 +294,11 @@ pub trait StateChange: Debug + Send + Sync {
 pub struct Changes {
     weights: BTreeMap<String, Vec<Box<dyn WeightChange>>>,
     states: BTreeMap<Site, Vec<Box<dyn StateChange>>>,
+    outputs: BTreeMap<String, Vec<Box<dyn StateChange>>>,
+    inputs: Vec<Box<dyn InputChange>>,
+    attention: BTreeMap<usize, Vec<Box<dyn AttentionChange>>>,
+    read_layers: BTreeSet<usize>,
+    num_tasks: Option<usize>,
 }
 
 impl Changes {
@@ -173,7 +309,34 @@ impl Changes {
 
     /// Adds a change of the states at `site`.
     pub fn change_state(&mut self, site: Site, change: impl StateChange + 'static) {
+        self.read_layers.extend(change.reads_layer());
         self.states.entry(site).or_default().push(Box::new(change));
+    }
+
+    /// Adds a change of what the linear layer `module` puts out.
+    pub fn change_output(&mut self, module: impl Into<String>, change: impl StateChange + 'static) {
+        self.read_layers.extend(change.reads_layer());
+        self.outputs.entry(module.into()).or_default().push(Box::new(change));
+    }
+
+    /// Adds a change of the input embeddings.
+    pub fn change_input(&mut self, change: impl InputChange + 'static) {
+        self.inputs.push(Box::new(change));
+    }
+
+    /// Adds a change of a block's self-attention.
+    pub fn change_attention(&mut self, layer: usize, change: impl AttentionChange + 'static) {
+        self.attention.entry(layer).or_default().push(Box::new(change));
+    }
+
+    /// Says that changes know tasks 0 to `count` - 1 and no other.
+    pub fn limit_tasks(&mut self, count: usize) {
+        self.num_tasks = Some(self.num_tasks.map_or(count, |known| known.min(count)));
+    }
+
+    /// Returns how many tasks the changes know, where they tell tasks apart.
+    pub fn num_tasks(&self) -> Option<usize> {
+        self.num_tasks
     }
 
     /// Returns the changes of a weight.
@@ -184,6 +347,83 @@ impl Changes {
     /// Returns the changes of a site.
     pub fn of_site(&self, site: Site) -> &[Box<dyn StateChange>] {
         self.states.get(&site).map_or(&[], Vec::as_slice)
+    }
+
+    /// Returns the changes of a linear layer's output.
+    pub fn of_output(&self, module: &str) -> &[Box<dyn StateChange>] {
+        self.outputs.get(module).map_or(&[], Vec::as_slice)
+    }
+
+    /// Returns the changes of the input embeddings.
+    pub fn of_input(&self) -> &[Box<dyn InputChange>] {
+        &self.inputs
+    }
+
+    /// Returns the changes of a block's self-attention.
+    pub fn of_attention(&self, layer: usize) -> &[Box<dyn AttentionChange>] {
+        self.attention.get(&layer).map_or(&[], Vec::as_slice)
+    }
+
+    /// Returns how many virtual tokens stand before each document.
+    pub fn num_virtual(&self) -> usize {
+        self.inputs.iter().map(|change| change.num_virtual()).sum()
+    }
+
+    /// Returns how many positions of the model are taken before each document's first token.
+    pub fn num_positions(&self) -> usize {
+        self.num_virtual() + self.prefix_positions()
+    }
+
+    /// Returns how many positions prefixes take: those of the block where they are most.
+    pub(crate) fn prefix_positions(&self) -> usize {
+        let of_block = |changes: &Vec<Box<dyn AttentionChange>>| {
+            let taking = changes.iter().filter(|change| change.takes_positions());
+            taking.map(|change| change.num_prefix()).sum()
+        };
+        self.attention.values().map(of_block).max().unwrap_or(0)
+    }
+
+    /// Returns whether a change looks at what entered this block.
+    pub(crate) fn reads_layer(&self, layer: usize) -> bool {
+        self.read_layers.contains(&layer)
+    }
+
+    /// Names a change that looks at the input of a block before its own, if there is one: its
+    /// gradient flows past the blocks between, which can then not be run again one by one.
+    pub fn across_layers(&self) -> Option<Site> {
+        let far = |site: Site, change: &dyn StateChange| {
+            change.reads_layer().is_some_and(|read| site.layer() != Some(read))
+        };
+        let mut sites = self.states.iter();
+        sites.find(|(site, list)| list.iter().any(|c| far(**site, &**c))).map(|(site, _)| *site)
+    }
+
+    /// Returns the blocks that hold a change of states or attention.
+    pub fn changed_layers(&self) -> impl Iterator<Item = usize> {
+        self.changed_sites().filter_map(Site::layer).chain(self.attention.keys().copied())
+    }
+
+    /// Returns the linear layers whose output is changed, sorted.
+    pub fn changed_outputs(&self) -> impl Iterator<Item = &str> {
+        self.outputs.keys().map(String::as_str)
+    }
+
+    /// Says what of these changes can never become part of the weights, if anything.
+    pub fn unmergeable(&self) -> Option<String> {
+        if let Some(site) = self.states.keys().next() {
+            return Some(format!("a module that changes the states at {site}"));
+        }
+        if let Some(module) = self.outputs.keys().next() {
+            return Some(format!("a module beside {module} that is no change of its weight"));
+        }
+        if let Some(change) = self.inputs.first() {
+            return Some(match change.num_virtual() {
+                0 => "a change of the input that depends on the place in the text".to_owned(),
+                count => format!("a prompt of {count} virtual tokens, which are input"),
+            });
+        }
+        let (layer, _) = self.attention.first_key_value()?;
+        Some(format!("what attention of layer {layer} sees beside the text"))
     }
 
     /// Returns the names of all changed weights, sorted.
@@ -198,7 +438,7 @@ impl Changes {
 
     /// Returns whether nothing is changed.
     pub fn is_empty(&self) -> bool {
-        self.weights.is_empty() && self.states.is_empty()
+        self.weights.is_empty() && self.unmergeable().is_none()
     }
 
     /// Computes a weight with its changes, as `[first axis, all others]`.

@@ -10,6 +10,8 @@ pub mod batch;
 pub mod change;
 pub mod error;
 pub mod event;
+mod history;
+mod layout;
 pub mod method;
 pub mod model;
 pub mod names;

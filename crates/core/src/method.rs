@@ -1,5 +1,6 @@
 //! What a tuning method has to say.
 
+use std::collections::BTreeMap;
 use std::fmt::Debug;
 
 use crate::change::Changes;
@@ -148,6 +149,20 @@ pub trait Method: Debug + Send {
     /// If the method's own state does not fit.
     fn on_step(&mut self, _step: &mut StepView<'_>) -> Result<()> {
         Ok(())
+    }
+
+    /// Returns how many positions of the model the method takes before each document.
+    fn num_positions(&self) -> usize {
+        0
+    }
+
+    /// Turns what was trained into what an adapter's file holds: networks that only help training
+    /// are folded away, and tensors the file repeats are repeated.
+    fn fold(
+        &self,
+        _parameters: &Parameters,
+        _tensors: &mut BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    ) {
     }
 
     /// Returns the `adapter_config.json` of the PEFT library for this method, or nothing where the

@@ -1,18 +1,21 @@
 //! One forward pass: frozen weights, the changes in force, and who listens.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::batch::Batch;
-use crate::change::{Changes, Mode, Scope, SiteView};
+use crate::change::{Changes, InputView, Mode, Scope, SiteView, StateChange};
 use crate::error::{Error, Result};
+use crate::history::History;
+use crate::layout::Layout;
 use crate::parameters::{Parameters, to_vec};
 use crate::site::{Site, Sublayer};
 use crate::spec::Head;
 use crate::weights::Weights;
 use retune_kernels::matrix::PackedMatrix;
 use retune_kernels::{self as kernels, AttentionOptions, HeadOptions, Rotation, Spans, Table};
-use tensor::{Tensor, TensorData};
+use tensor::{Device, Int, Tensor, TensorData};
 
 /// Rotary position embedding of one kind of layer.
 #[derive(Debug, Clone, PartialEq)]
@@ -27,6 +30,7 @@ pub struct Rope {
 #[derive(Debug, Default)]
 pub struct KeyValueCache {
     layers: BTreeMap<usize, Vec<(Tensor<2>, Tensor<2>)>>,
+    history: History,
 }
 
 impl KeyValueCache {
@@ -38,6 +42,12 @@ impl KeyValueCache {
         for documents in self.layers.values_mut() {
             *documents = keep.iter().map(|place| documents[*place].clone()).collect();
         }
+        self.history.select(keep);
+    }
+
+    /// Returns how many documents were begun.
+    fn num_documents(&self) -> usize {
+        self.layers.values().next().map_or(0, Vec::len)
     }
 }
 
@@ -52,10 +62,15 @@ pub struct Pass<'a> {
     changes: &'a Changes,
     scope: Scope<'a>,
     batch: &'a Batch,
+    layout: Layout,
     cache: Option<&'a mut KeyValueCache>,
     listener: Option<Listener<'a>>,
     rotations: Vec<(Rope, Rotation)>,
     marks: BTreeMap<usize, u64>,
+    /// What the present sub-layer read, where a change looks at it.
+    sublayer_input: Option<Tensor<2>>,
+    /// What entered the blocks whose input a change looks at.
+    layer_inputs: BTreeMap<usize, Tensor<2>>,
 }
 
 impl<'a> Pass<'a> {
@@ -70,8 +85,12 @@ impl<'a> Pass<'a> {
         batch: &'a Batch,
         mode: Mode,
     ) -> Result<Self> {
-        batch.check(weights.spec())?;
+        batch.check(weights.spec(), changes.num_positions())?;
+        if let Some(count) = changes.num_tasks() {
+            batch.check_tasks(count)?;
+        }
         Ok(Self {
+            layout: Layout::new(batch, changes.num_virtual(), changes.prefix_positions(), 0),
             weights,
             changes,
             scope: Scope::new(parameters, mode),
@@ -80,12 +99,16 @@ impl<'a> Pass<'a> {
             listener: None,
             rotations: Vec::new(),
             marks: BTreeMap::new(),
+            sublayer_input: None,
+            layer_inputs: BTreeMap::new(),
         })
     }
 
     /// Appends to `cache` and lets attention see what it holds, for generation.
     #[must_use]
     pub fn with_cache(mut self, cache: &'a mut KeyValueCache) -> Self {
+        let (num_virtual, prefix) = (self.changes.num_virtual(), self.changes.prefix_positions());
+        self.layout = Layout::new(self.batch, num_virtual, prefix, cache.num_documents());
         self.cache = Some(cache);
         self
     }
@@ -107,9 +130,22 @@ impl<'a> Pass<'a> {
         self.weights
     }
 
-    /// Returns where documents begin and end in the states.
+    /// Returns where documents begin and end in the states, virtual tokens included.
     pub fn spans(&self) -> &Spans {
-        &self.batch.spans
+        &self.layout.spans
+    }
+
+    /// Returns the position of each row of the states.
+    pub fn positions(&self) -> &[usize] {
+        &self.layout.positions
+    }
+
+    /// Returns the type of each row of the states, 0 where the batch does not say.
+    pub fn token_types(&self) -> Vec<u32> {
+        match &self.batch.token_types {
+            Some(types) => self.layout.spread(types, 0),
+            None => vec![0; self.layout.positions.len()],
+        }
     }
 
     /// Returns whether the pass learns.
@@ -160,6 +196,15 @@ impl<'a> Pass<'a> {
     /// # Errors
     /// If the weight cannot be read.
     pub fn linear(&mut self, module: &str, x: Tensor<2>) -> Result<Tensor<2>> {
+        let changes = self.changes.of_output(module);
+        if changes.is_empty() {
+            return self.product(module, x);
+        }
+        let y = self.product(module, x.clone())?;
+        Ok(self.changed(changes, None, y, Some(&x)))
+    }
+
+    fn product(&mut self, module: &str, x: Tensor<2>) -> Result<Tensor<2>> {
         let name = format!("{module}.weight");
         let bias = self.bias(module)?;
         let changes = self.changes.of_weight(&name);
@@ -229,6 +274,41 @@ impl<'a> Pass<'a> {
         Ok(kernels::embed(ids, &table, self.weights.device()))
     }
 
+    /// Reads the embeddings of the batch's words and lays virtual tokens before each document.
+    ///
+    /// Positions and token types are added by the caller, to virtual tokens too.
+    ///
+    /// # Shapes
+    /// - `scale`: a factor on the words; virtual tokens are as wide as the states already
+    /// - returns: `[states, width]`
+    ///
+    /// # Errors
+    /// If the weight cannot be read.
+    pub fn embed_words(&mut self, module: &str, scale: Option<f64>) -> Result<Tensor<2>> {
+        let mut x = self.embed(module, &self.batch.tokens)?;
+        if let Some(scale) = scale {
+            x = x.mul_scalar(scale);
+        }
+        let begun = self.cache.as_ref().map_or(0, |cache| cache.num_documents());
+        let tasks = self.batch.tasks.as_deref();
+        let view = InputView {
+            tasks: tasks.map(|tasks| tasks.get(begun..).unwrap_or(&[])),
+            positions: &self.batch.positions,
+        };
+        let changes = self.changes.of_input();
+        let mut prompts = Vec::new();
+        let new = self.batch.spans.documents().saturating_sub(begun);
+        for change in changes {
+            x = change.tokens(x, &view, &mut self.scope);
+            if new > 0 {
+                prompts.extend(change.virtual_tokens(new, &view, &mut self.scope));
+            }
+        }
+        let Some(rows) = self.layout.gather() else { return Ok(x) };
+        let prompts = documents_together(prompts, new);
+        Ok(select(Tensor::cat(vec![prompts, x], 0), &rows))
+    }
+
     /// Rotates the heads of `x` by the positions of the batch.
     ///
     /// # Shapes
@@ -237,7 +317,7 @@ impl<'a> Pass<'a> {
         if let Some((_, rotation)) = self.rotations.iter().find(|(known, _)| known == rope) {
             return kernels::rotary(x, heads, rotation);
         }
-        let rotation = Rotation::new(&self.batch.positions, &rope.inverse_frequencies, rope.scale);
+        let rotation = Rotation::new(&self.layout.positions, &rope.inverse_frequencies, rope.scale);
         let y = kernels::rotary(x, heads, &rotation);
         self.rotations.push((rope.clone(), rotation));
         y
@@ -257,21 +337,61 @@ impl<'a> Pass<'a> {
         v: Tensor<2>,
         options: &AttentionOptions,
     ) -> Tensor<2> {
-        let spans = self.batch.spans.clone();
+        let changes = self.changes.of_attention(layer);
+        if changes.is_empty() {
+            return self.plain_attention(layer, q, k, v, None, options);
+        }
+        let parts = changes.iter().filter_map(|change| change.prefix(&mut self.scope));
+        let (keys, values): (Vec<_>, Vec<_>) = parts.map(|[k, v]| (k, v)).unzip();
+        let prefix = (!keys.is_empty()).then(|| [Tensor::cat(keys, 0), Tensor::cat(values, 0)]);
+        let heads = self.plain_attention(layer, q.clone(), k, v, prefix, options);
+        changes
+            .iter()
+            .fold(heads, |heads, change| change.heads(heads, &q, options, &mut self.scope))
+    }
+
+    /// Computes attention behind a prefix of keys and values that all documents share.
+    fn plain_attention(
+        &mut self,
+        layer: usize,
+        q: Tensor<2>,
+        k: Tensor<2>,
+        v: Tensor<2>,
+        prefix: Option<[Tensor<2>; 2]>,
+        options: &AttentionOptions,
+    ) -> Tensor<2> {
+        let spans = self.layout.spans.clone();
+        let mut options = options.clone();
+        let length = prefix.as_ref().map_or(0, |[keys, _]| keys.dims()[0]);
+        options.prefix += length;
         let Some(cache) = self.cache.as_deref_mut() else {
-            return kernels::attention(q, k, v, &spans, &spans, options);
+            let Some([first_k, first_v]) = prefix else {
+                return kernels::attention(q, k, v, &spans, &spans, &options);
+            };
+            let rows: Vec<usize> = spans
+                .iter()
+                .flat_map(|s| (0..length).chain(s.start + length..s.end + length))
+                .collect();
+            let behind = |first, x| select(Tensor::cat(vec![first, x], 0), &rows);
+            let keys = Spans::from_lengths(spans.iter().map(|span| length + span.len()));
+            let (k, v) = (behind(first_k, k), behind(first_v, v));
+            return kernels::attention(q, k, v, &spans, &keys, &options);
         };
         let documents = cache.layers.entry(layer).or_default();
         let mut lengths = Vec::with_capacity(spans.documents());
         for (place, span) in spans.iter().enumerate() {
             let new = |x: &Tensor<2>| x.clone().narrow(0, span.start, span.len());
             let (new_k, new_v) = (new(&k), new(&v));
-            match documents.get_mut(place) {
-                Some((old_k, old_v)) => {
+            match (documents.get_mut(place), &prefix) {
+                (Some((old_k, old_v)), _) => {
                     *old_k = Tensor::cat(vec![old_k.clone(), new_k], 0);
                     *old_v = Tensor::cat(vec![old_v.clone(), new_v], 0);
                 }
-                None => documents.push((new_k, new_v)),
+                (None, None) => documents.push((new_k, new_v)),
+                (None, Some([first_k, first_v])) => documents.push((
+                    Tensor::cat(vec![first_k.clone(), new_k], 0),
+                    Tensor::cat(vec![first_v.clone(), new_v], 0),
+                )),
             }
             lengths.push(documents[place].0.dims()[0]);
         }
@@ -280,7 +400,7 @@ impl<'a> Pass<'a> {
             many => Tensor::cat(many.iter().map(pick).collect(), 0),
         };
         let (k, v) = (join(|d| d.0.clone()), join(|d| d.1.clone()));
-        kernels::attention(q, k, v, &spans, &Spans::from_lengths(lengths), options)
+        kernels::attention(q, k, v, &spans, &Spans::from_lengths(lengths), &options)
     }
 
     /// Runs the state changes of a site, in order, then shows the result to the listener.
@@ -288,13 +408,16 @@ impl<'a> Pass<'a> {
     /// # Shapes
     /// - `x`: as the site says
     pub fn at(&mut self, site: Site, x: Tensor<2>) -> Tensor<2> {
-        self.at_with(site, x, None)
-    }
-
-    fn at_with(&mut self, site: Site, mut x: Tensor<2>, input: Option<&Tensor<2>>) -> Tensor<2> {
-        for change in self.changes.of_site(site) {
-            let view = SiteView { site, input, spans: &self.batch.spans };
-            x = change.apply(x, &view, &mut self.scope);
+        let changes = self.changes.of_site(site);
+        let input = match site {
+            Site::Heads(..) | Site::Hidden(..) | Site::Output(..) => self.sublayer_input.clone(),
+            _ => None,
+        };
+        let x = self.changed(changes, Some(site), x, input.as_ref());
+        if let Site::LayerInput(layer) = site
+            && self.changes.reads_layer(layer)
+        {
+            self.layer_inputs.insert(layer, x.clone());
         }
         match &mut self.listener {
             Some(listener) => listener(site, x),
@@ -302,10 +425,35 @@ impl<'a> Pass<'a> {
         }
     }
 
+    fn changed(
+        &mut self,
+        changes: &[Box<dyn StateChange>],
+        site: Option<Site>,
+        mut x: Tensor<2>,
+        input: Option<&Tensor<2>>,
+    ) -> Tensor<2> {
+        if changes.is_empty() {
+            return x;
+        }
+        let view = SiteView {
+            site,
+            input,
+            spans: &self.layout.spans,
+            causal: self.weights.spec().causal,
+            tasks: self.batch.tasks.as_deref(),
+            layer_inputs: &self.layer_inputs,
+            history: self.cache.as_deref_mut().map(|cache| RefCell::new(&mut cache.history)),
+        };
+        for change in changes {
+            x = change.apply(x, &view, &mut self.scope);
+        }
+        x
+    }
+
     /// Runs one sub-layer between its input and output sites.
     ///
-    /// The changes of the output site see what the sub-layer read, which is what parallel adapters
-    /// need.
+    /// The changes of its inner and output sites see what the sub-layer read, which is what parallel
+    /// adapters need.
     ///
     /// # Errors
     /// Those of `body`.
@@ -317,10 +465,14 @@ impl<'a> Pass<'a> {
         body: impl FnOnce(&mut Self, Tensor<2>) -> Result<Tensor<2>>,
     ) -> Result<Tensor<2>> {
         let x = self.at(Site::Input(layer, sublayer), x);
-        let site = Site::Output(layer, sublayer);
-        let input = (!self.changes.of_site(site).is_empty()).then(|| x.clone());
+        let output = Site::Output(layer, sublayer);
+        let inner = [Site::Heads(layer, sublayer), Site::Hidden(layer, sublayer), output];
+        let looked_at = inner.iter().any(|site| !self.changes.of_site(*site).is_empty());
+        self.sublayer_input = looked_at.then(|| x.clone());
         let y = body(self, x)?;
-        Ok(self.at_with(site, y, input.as_ref()))
+        let y = self.at(output, y);
+        self.sublayer_input = None;
+        Ok(y)
     }
 
     /// Returns the weight of a language head: packed, or with its changes.
@@ -354,37 +506,38 @@ impl<'a> Pass<'a> {
     /// Logits of the whole batch never exist, and tokens without a target cost nothing.
     ///
     /// # Shapes
-    /// - `states`: `[tokens, width]`, what [`crate::model::Model::finish`] returned
-    /// - returns: `[tokens]`
+    /// - `states`: `[states, width]`, what [`crate::model::Model::finish`] returned
+    /// - returns: `[tokens]`, virtual tokens left out
     ///
     /// # Errors
     /// If the model has no language head or its weight cannot be read.
     pub fn token_losses(&mut self, states: Tensor<2>) -> Result<Tensor<1>> {
         let (weight, options) = self.language_head()?;
-        Ok(kernels::token_losses(states, &weight, &self.batch.targets, &options))
+        let targets = self.layout.spread(&self.batch.targets, None);
+        let losses = kernels::token_losses(states, &weight, &targets, &options);
+        Ok(match self.layout.tokens() {
+            Some(tokens) => losses.select(0, index(tokens, self.weights.device())),
+            None => losses,
+        })
     }
 
     /// Computes the logits of some tokens.
     ///
     /// # Shapes
-    /// - `states`: `[tokens, width]`
-    /// - `rows`: places in `0..tokens`
+    /// - `states`: `[states, width]`
+    /// - `rows`: tokens of the batch, virtual ones not counted
     /// - returns: `[rows, vocabulary]`
     ///
     /// # Errors
     /// As [`Pass::token_losses`].
     pub fn logits(&mut self, states: &Tensor<2>, rows: &[usize]) -> Result<Tensor<2>> {
         let (weight, options) = self.language_head()?;
-        let device = states.device();
-        let all = rows.len() == states.dims()[0] && rows.iter().enumerate().all(|(i, r)| i == *r);
-        let picked = if all {
-            states.clone()
-        } else {
-            let index: Vec<i32> = rows.iter().map(|row| *row as i32).collect();
-            let count = index.len();
-            let index = Tensor::from_data(TensorData::new(index, [count]), &device);
-            states.clone().select(0, index)
+        let rows: Vec<usize> = match self.layout.tokens() {
+            Some(tokens) => rows.iter().map(|row| tokens[*row]).collect(),
+            None => rows.to_vec(),
         };
+        let all = rows.len() == states.dims()[0] && rows.iter().enumerate().all(|(i, r)| i == *r);
+        let picked = if all { states.clone() } else { select(states.clone(), &rows) };
         let mut logits = match weight {
             Table::Frozen(matrix) => kernels::linear_frozen(picked, &matrix, options.bias),
             Table::Trainable(weight) => kernels::linear(picked, weight, options.bias),
@@ -419,6 +572,33 @@ impl<'a> Pass<'a> {
     pub fn base(&self, name: &str) -> Result<Arc<PackedMatrix>> {
         self.weights.matrix(name)
     }
+}
+
+fn index(rows: &[usize], device: &Device) -> Tensor<1, Int> {
+    let rows: Vec<i32> = rows.iter().map(|row| *row as i32).collect();
+    let count = rows.len();
+    Tensor::from_data(TensorData::new(rows, [count]), device)
+}
+
+fn select(x: Tensor<2>, rows: &[usize]) -> Tensor<2> {
+    let index = index(rows, &x.clone().inner().device());
+    x.select(0, index)
+}
+
+/// Puts the virtual tokens of several changes beside each other, document by document.
+///
+/// # Shapes
+/// - `parts`: `[documents · n, width]` each
+fn documents_together(mut parts: Vec<Tensor<2>>, documents: usize) -> Tensor<2> {
+    if parts.len() == 1 {
+        return parts.remove(0);
+    }
+    let of_document = |part: &Tensor<2>, document: usize| {
+        let count = part.dims()[0] / documents;
+        part.clone().narrow(0, document * count, count)
+    };
+    let rows = (0..documents).flat_map(|d| parts.iter().map(move |part| of_document(part, d)));
+    Tensor::cat(rows.collect(), 0)
 }
 
 /// Splits logits `[rows, vocabulary]` into rows of plain numbers.

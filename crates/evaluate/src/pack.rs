@@ -32,6 +32,7 @@ pub(crate) fn lay(pieces: &[Piece<'_>]) -> Batch {
         targets: vec![None; tokens.len()],
         classes: vec![None; pieces.len()],
         rows: pieces.iter().map(|piece| piece.row).collect(),
+        tasks: None,
         tokens,
     }
 }
@@ -56,11 +57,13 @@ pub(crate) fn within(lengths: &[usize], budget: usize) -> Vec<Range<usize>> {
     runs
 }
 
-/// Returns the model's vocabulary and longest sequence, if it predicts the next token.
+/// Returns the model's vocabulary and the longest sequence it can read behind what a method puts
+/// before it, if it predicts the next token.
 pub(crate) fn language_model(tuned: &Tuned<'_>) -> Result<(usize, usize)> {
     let spec = tuned.model.spec();
     if spec.causal && matches!(spec.head, Head::Language { .. }) {
-        return Ok((spec.vocabulary, spec.max_positions));
+        let room = spec.max_positions.saturating_sub(tuned.changes.num_positions());
+        return Ok((spec.vocabulary, room));
     }
     Err(Error::Unsupported {
         what: format!("predicting the next token with {}", spec.class),

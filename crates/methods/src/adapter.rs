@@ -97,6 +97,7 @@ impl Adapter {
                 adapter.integers.insert(name, (p.dtype(), shape, values));
             }
         }
+        method.fold(parameters, &mut adapter.tensors);
         Ok(adapter)
     }
 

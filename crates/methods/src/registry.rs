@@ -7,6 +7,10 @@ use retune_options::{OptionSpec, Options, Reader};
 use serde_json::Value;
 
 use crate::{adalora, beft, full, hra, ia3, ln_tuning, loha, lokr, lora, road};
+use crate::{
+    cartridge, cpt, full, lily, llama_adapter, lora, multitask_prompt_tuning, p_tuning, poly,
+    prefix_tuning, prompt_tuning,
+};
 
 /// Makes a method from an `adapter_config.json`.
 pub type FromAdapter = fn(&Value) -> Result<Box<dyn Method>>;
@@ -34,6 +38,15 @@ pub const METHODS: &[Plugin] = &[
     loha::PLUGIN,
     lokr::PLUGIN,
     road::PLUGIN,
+    prompt_tuning::PLUGIN,
+    p_tuning::PLUGIN,
+    prefix_tuning::PLUGIN,
+    multitask_prompt_tuning::PLUGIN,
+    cpt::PLUGIN,
+    cartridge::PLUGIN,
+    llama_adapter::PLUGIN,
+    poly::PLUGIN,
+    lily::PLUGIN,
 ];
 
 /// Finds a method by the name a recipe uses.

@@ -228,8 +228,7 @@ impl Family {
 impl Bert {
     /// Returns the type of each token, zeros where the batch has none.
     fn token_types(&self, pass: &Pass<'_>) -> Result<Vec<u32>> {
-        let batch = pass.batch();
-        let types = batch.token_types.clone().unwrap_or_else(|| vec![0; batch.tokens.len()]);
+        let types = pass.token_types();
         match types.iter().find(|kind| **kind as usize >= self.num_types) {
             Some(kind) => Err(Error::Input {
                 what: "a token has a type the model does not know".to_owned(),
@@ -251,10 +250,9 @@ impl Model for Bert {
     fn embed(&self, pass: &mut Pass<'_>) -> Result<Tensor<2>> {
         let module = format!("{}embeddings", self.prefix);
         let types = self.token_types(pass)?;
-        let batch = pass.batch();
         let first = self.family.first_position;
-        let positions: Vec<u32> = batch.positions.iter().map(|p| (p + first) as u32).collect();
-        let x = pass.embed(&format!("{module}.word_embeddings"), &batch.tokens)?
+        let positions: Vec<u32> = pass.positions().iter().map(|p| (p + first) as u32).collect();
+        let x = pass.embed_words(&format!("{module}.word_embeddings"), None)?
             + pass.embed(&format!("{module}.token_type_embeddings"), &types)?;
         let x = x + pass.embed(&format!("{module}.position_embeddings"), &positions)?;
         let x = pass.layer_norm(&format!("{module}.LayerNorm"), x, self.epsilon)?;

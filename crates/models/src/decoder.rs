@@ -239,11 +239,7 @@ impl Model for Decoder {
     }
 
     fn embed(&self, pass: &mut Pass<'_>) -> Result<Tensor<2>> {
-        let x = pass.embed(&format!("{}embed_tokens", self.prefix), &pass.batch().tokens)?;
-        Ok(match self.family.embedding_scale {
-            Some(scale) => x.mul_scalar(scale),
-            None => x,
-        })
+        pass.embed_words(&format!("{}embed_tokens", self.prefix), self.family.embedding_scale)
     }
 
     fn layer(&self, pass: &mut Pass<'_>, index: usize, x: Tensor<2>) -> Result<Tensor<2>> {

@@ -118,9 +118,8 @@ impl Model for Gpt2 {
     }
 
     fn embed(&self, pass: &mut Pass<'_>) -> Result<Tensor<2>> {
-        let batch = pass.batch();
-        let positions: Vec<u32> = batch.positions.iter().map(|p| *p as u32).collect();
-        let words = pass.embed(&format!("{}wte", self.prefix), &batch.tokens)?;
+        let positions: Vec<u32> = pass.positions().iter().map(|p| *p as u32).collect();
+        let words = pass.embed_words(&format!("{}wte", self.prefix), None)?;
         let x = words + pass.embed(&format!("{}wpe", self.prefix), &positions)?;
         Ok(pass.dropout(x, self.embedding_dropout))
     }

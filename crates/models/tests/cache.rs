@@ -33,6 +33,7 @@ fn batch(parts: &[Part<'_>]) -> Batch {
         targets: vec![None; tokens.len()],
         classes: vec![None; parts.len()],
         rows: (0..parts.len()).collect(),
+        tasks: None,
         tokens,
     }
 }

@@ -38,11 +38,14 @@ fn check_mergeable(tuned: &Tuned<'_>) -> Result<()> {
             help: "keep the adapter beside the base".to_owned(),
         }));
     }
-    match tuned.changes.changed_sites().next() {
+    match tuned.changes.unmergeable() {
         None => Ok(()),
-        Some(site) => Err(Error::Core(retune_core::Error::Unsupported {
-            what: format!("merging a change of the states at {site}"),
-            help: "keep the adapter beside the base".to_owned(),
+        Some(what) => Err(Error::Core(retune_core::Error::Unsupported {
+            what: format!("merging {what}"),
+            help:
+                "keep the adapter's folder and run it beside the base (`--adapter`), or tune with \
+                   a method that changes weights, such as lora"
+                    .to_owned(),
         })),
     }
 }
@@ -118,6 +121,15 @@ pub fn write_gguf_adapter(
     name: &str,
     path: &Path,
 ) -> Result<()> {
+    let kind = adapter.config.get("peft_type").and_then(serde_json::Value::as_str);
+    if kind != Some("LORA") {
+        return Err(Error::Core(retune_core::Error::Unsupported {
+            what: format!("an adapter of type {} as GGUF", kind.unwrap_or("nothing")),
+            help: "GGUF knows LoRA only; merge the adapter into the model where it merges, and \
+                   export that"
+                .to_owned(),
+        }));
+    }
     let method = retune_methods::lora::Lora::from_adapter(&adapter.config)?;
     let refuse = |what: &str| {
         Error::Core(retune_core::Error::Unsupported {

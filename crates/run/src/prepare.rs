@@ -51,6 +51,7 @@ impl Prepared {
         let seed = Seed(recipe.seed);
         // The spec's limit is needed before the task is known; it does not depend on it.
         let limit = retune_models::open(&located.path)?.model.spec().max_positions;
+        let limit = limit.saturating_sub(recipe.method.num_positions()).max(1);
         let max_length = recipe.data.max_length.unwrap_or(USUAL_MAX_LENGTH).min(limit);
         let rows = Rows {
             options: &recipe.data,

@@ -143,6 +143,14 @@ fn recomputed(
     scale: f64,
     sink: &mut FlatGradients,
 ) -> Result<f64> {
+    if let Some(site) = tuned.changes.across_layers() {
+        return Err(Error::Core(retune_core::Error::Unsupported {
+            what: format!("running layers again one by one, with a module that ends at {site}"),
+            help: "set `train.recompute` to false and allow more memory: the module's branch \
+                   begins at an earlier layer"
+                .to_owned(),
+        }));
+    }
     let model = tuned.model;
     let num_layers = model.spec().num_layers;
     // The embedding's own graph is kept: its output is the first layer's input.
@@ -193,8 +201,11 @@ fn lowest_changed_layer(tuned: &Tuned<'_>) -> usize {
         .changes
         .changed_weights()
         .filter_map(|name| spec.weight(name).and_then(|weight| weight.layer));
-    let of_sites = tuned.changes.changed_sites().filter_map(Site::layer);
-    of_weights.chain(of_sites).min().unwrap_or(spec.num_layers)
+    let of_outputs = tuned.changes.changed_outputs().filter_map(|module| {
+        spec.weight(&format!("{module}.weight")).and_then(|weight| weight.layer)
+    });
+    let of_states = tuned.changes.changed_layers();
+    of_weights.chain(of_outputs).chain(of_states).min().unwrap_or(spec.num_layers)
 }
 
 fn leaf(x: &Tensor<2>) -> Tensor<2> {
