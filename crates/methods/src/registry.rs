@@ -6,10 +6,9 @@ use retune_core::{Error, Result};
 use retune_options::{OptionSpec, Options, Reader};
 use serde_json::Value;
 
-use crate::{adalora, beft, full, hra, ia3, ln_tuning, loha, lokr, lora, road};
 use crate::{
-    cartridge, cpt, full, lily, llama_adapter, lora, multitask_prompt_tuning, p_tuning, poly,
-    prefix_tuning, prompt_tuning,
+    adalora, beft, cartridge, cpt, full, hra, ia3, lily, llama_adapter, ln_tuning, loha, lokr,
+    lora, multitask_prompt_tuning, p_tuning, poly, prefix_tuning, prompt_tuning, road,
 };
 
 /// Makes a method from an `adapter_config.json`.
