@@ -403,6 +403,56 @@ impl<'a> Pass<'a> {
         kernels::attention(q, k, v, &spans, &Spans::from_lengths(lengths), &options)
     }
 
+    /// Returns all keys and values of each document: those a cache holds, then the new ones, which
+    /// it keeps.
+    ///
+    /// `slot` names the place in the cache; `new` may be absent where the cache holds everything.
+    ///
+    /// # Shapes
+    /// - `new`: `[rows, width]` each, documents as in `spans`; a document may have none
+    /// - returns: keys and values `[keys, width]`, and where each document's lie
+    ///
+    /// # Errors
+    /// [`Error::Input`] if there is neither.
+    pub fn keys_values(
+        &mut self,
+        slot: usize,
+        new: Option<(Tensor<2>, Tensor<2>)>,
+        spans: &Spans,
+    ) -> Result<(Tensor<2>, Tensor<2>, Spans)> {
+        let missing = || Error::Input {
+            what: "a document continues a text that was never read".to_owned(),
+            expected: "its earlier keys in the cache".to_owned(),
+            found: "none".to_owned(),
+            help: "read the document from its first token".to_owned(),
+        };
+        let Some(cache) = self.cache.as_deref_mut() else {
+            let (k, v) = new.ok_or_else(missing)?;
+            return Ok((k, v, spans.clone()));
+        };
+        let documents = cache.layers.entry(slot).or_default();
+        for (place, span) in spans.iter().enumerate() {
+            let part = new.as_ref().filter(|_| !span.is_empty()).map(|(k, v)| {
+                let part = |x: &Tensor<2>| x.clone().slice_dim(0, span.clone());
+                (part(k), part(v))
+            });
+            match (documents.get_mut(place), part) {
+                (Some((old_k, old_v)), Some((k, v))) => {
+                    *old_k = Tensor::cat(vec![old_k.clone(), k], 0);
+                    *old_v = Tensor::cat(vec![old_v.clone(), v], 0);
+                }
+                (Some(_), None) => {}
+                (None, Some(part)) => documents.push(part),
+                (None, None) => return Err(missing()),
+            }
+        }
+        let spans = Spans::from_lengths(documents.iter().map(|(k, _)| k.dims()[0]));
+        let join = |pick: fn(&(Tensor<2>, Tensor<2>)) -> Tensor<2>| {
+            Tensor::cat(documents.iter().map(pick).collect(), 0)
+        };
+        Ok((join(|d| d.0.clone()), join(|d| d.1.clone()), spans))
+    }
+
     /// Runs the state changes of a site, in order, then shows the result to the listener.
     ///
     /// # Shapes

@@ -153,6 +153,14 @@ pub struct ModelSpec {
 }
 
 impl ModelSpec {
+    /// Returns the token that begins the decoder's side of a document, if the model has two sides.
+    pub fn decoder_start(&self) -> Option<u32> {
+        let flag = |key: &str| self.config.get(key);
+        let two_sided = flag("is_encoder_decoder").and_then(Value::as_bool).unwrap_or(false);
+        let start = flag("decoder_start_token_id").and_then(Value::as_u64).unwrap_or(0);
+        two_sided.then_some(start as u32)
+    }
+
     /// Finds a weight by its full name.
     pub fn weight(&self, name: &str) -> Option<&WeightSpec> {
         self.weights.iter().find(|weight| weight.name == name)

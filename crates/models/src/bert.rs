@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use crate::activation;
-use crate::config::{Config, MAX_LAYERS, MAX_SIDE};
+use crate::config::{Config, MAX_LAYERS};
 use crate::heads::{Classes, Pooling, Purpose, pool, unit_rows};
 use crate::weight_list::WeightList;
 use retune_core::kernels::{Activation, AttentionOptions, activate};
@@ -105,13 +105,7 @@ fn roberta_like(
     architecture: &'static str,
     classes: Classes,
 ) -> Result<Box<dyn Model>> {
-    let padding = match config.get("pad_token_id") {
-        None => 1,
-        Some(id) => id
-            .as_u64()
-            .filter(|id| *id < MAX_SIDE as u64)
-            .ok_or_else(|| config.unknown("pad_token_id", "a token's number"))?,
-    };
+    let padding = config.optional_token("pad_token_id")?.unwrap_or(1);
     let family = Family {
         architecture,
         classes,

@@ -10,6 +10,7 @@ use crate::folder::{FolderSource, read_config};
 use crate::fresh::FreshHead;
 use crate::gguf::{self, GgufSource, GgufTokenizer};
 use crate::heads::{Task, for_task};
+use crate::t5;
 use retune_core::model::Model;
 use retune_core::random::Seed;
 use retune_core::spec::{ModelSpec, WeightSpec};
@@ -119,7 +120,9 @@ pub fn open_for(path: &Path, task: &Task, seed: Seed) -> Result<Checkpoint> {
     let (files, saved) = if path.is_dir() {
         // The configuration first: a folder that is no model at all says so by that.
         let config = read_config(path)?;
-        (Files::Folder(Safetensors::open(path)?), config)
+        let tensors = Safetensors::open(path)?;
+        let config = t5::with_own_head(config, tensors.get("lm_head.weight").is_some());
+        (Files::Folder(tensors), config)
     } else if is_gguf {
         let file = GgufFile::open(path)?;
         let config = gguf::read_config(&file)?;

@@ -58,6 +58,18 @@ impl Config {
         self.value.get(key).filter(|value| !value.is_null())
     }
 
+    /// Reads a token's number that may be absent.
+    ///
+    /// # Errors
+    /// If it is no whole number from 0 to the largest vocabulary.
+    pub fn optional_token(&self, key: &str) -> Result<Option<u32>> {
+        let Some(id) = self.get(key) else { return Ok(None) };
+        id.as_u64()
+            .filter(|id| *id < MAX_SIDE as u64)
+            .map(|id| Some(id as u32))
+            .ok_or_else(|| self.unknown(key, "a token's number"))
+    }
+
     /// Reads a positive whole number.
     ///
     /// # Errors

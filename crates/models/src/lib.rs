@@ -11,6 +11,7 @@
 //! | Gemma 2, Gemma 3 (text) | language, classes, embedding | folder, GGUF |
 //! | GPT-2 | language, classes, embedding | folder |
 //! | BERT, RoBERTa, XLM-RoBERTa | classes, embedding | folder |
+//! | T5 1.0 and 1.1 | encoder-decoder | folder |
 
 mod bert;
 mod checkpoint;
@@ -29,6 +30,7 @@ mod llama;
 mod qwen2;
 mod qwen3;
 mod rope;
+mod t5;
 mod weight_list;
 
 pub use checkpoint::{Checkpoint, FileKind, open, open_for};
@@ -61,6 +63,7 @@ const FAMILIES: &[Family] = &[
     Family { kind: "bert", classes: bert::BERT, build: bert::bert },
     Family { kind: "roberta", classes: bert::ROBERTA, build: bert::roberta },
     Family { kind: "xlm-roberta", classes: bert::XLM_ROBERTA, build: bert::xlm_roberta },
+    Family { kind: "t5", classes: t5::T5, build: t5::t5 },
 ];
 
 /// Returns every `model_type` that can be built.

@@ -1,6 +1,6 @@
 """Makes this pack: one tiny random model per family or feature, with what transformers computes.
 
-    python make.py [folder]        needs torch 2.15, transformers 5.23, safetensors; CPU, one thread, float32
+    python make.py [folder [case ...]]        needs torch 2.15, transformers 5.23, safetensors; CPU, one thread, float32
 
 Everything random comes from the seed of a case, so a rerun with the same versions writes the same bytes.
 """
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import (BertConfig, BertModel, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2ForSequenceClassification,
                           GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, MistralConfig,
                           MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, RobertaConfig,
-                          RobertaForSequenceClassification)
+                          RobertaForSequenceClassification, T5Config, T5ForConditionalGeneration)
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
@@ -29,7 +29,12 @@ SMALL = dict(vocab_size=40, hidden_size=24, intermediate_size=40, num_hidden_lay
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+T5 = dict(vocab_size=40, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4, relative_attention_num_buckets=8,
+          relative_attention_max_distance=12, dropout_rate=0.1, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
 GPT2 = dict(vocab_size=40, n_embd=24, n_layer=2, n_head=4, n_positions=32, n_inner=40, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+
+T5_GATED = T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+T5_GATED.tie_word_embeddings = False                                         # transformers 5 ties the head again by itself
 
 # name: class, configuration, whether norm weights lie around 0
 CASES = {
@@ -51,6 +56,8 @@ CASES = {
                                                                         max_position_embeddings=32, type_vocab_size=1,
                                                                         pad_token_id=1, id2label={0: "a", 1: "b", 2: "c"},
                                                                         label2id={"a": 0, "b": 1, "c": 2}), False),
+    "t5": (T5ForConditionalGeneration, T5Config(**T5, num_decoder_layers=3), False),
+    "t5_gated": (T5ForConditionalGeneration, T5_GATED, False),
 }
 
 
@@ -62,7 +69,7 @@ def randomise(model, gen, zero_centred_norms):
             p.data = 0.1 * n if zero_centred_norms else 1 + 0.1 * n
         elif p.dim() == 1:                                                   # biases
             p.data = 0.1 * n
-        elif "embed" in name or "wte" in name or "wpe" in name:
+        elif "embed" in name or "shared" in name or "relative" in name or "wte" in name or "wpe" in name:
             p.data = 0.3 * n
         else:                                                                # linear maps; a Conv1D weight is [in, out]
             p.data = n * (p.shape[0] if "transformer.h" in name else p.shape[1]) ** -0.5
@@ -86,20 +93,28 @@ def run(name, model, ids, mask):
         kept = mask[..., None].to(states.dtype)
         mean = (states * kept).sum(1) / kept.sum(1)
         return {"embeddings": torch.nn.functional.normalize(mean, dim=1)}, {"token_type_ids": types}
+    if name.startswith("t5"):
+        decoder = torch.cat([torch.zeros_like(ids[:, :1]), (ids[:, :8] * 7 + 5) % 36 + 4], 1)
+        logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder).logits
+        return {"logits": logits}, {"decoder_input_ids": decoder}
     logits = model(input_ids=ids, attention_mask=mask).logits
     if logits.dim() == 3:
         logits = logits.masked_fill(mask[..., None] == 0, 0)                 # padded positions are written as 0
     return {"logits": logits}, {}
 
 
-def main(root):
+def main(root, only):
     for seed, (name, (kind, config, zero_centred)) in enumerate(CASES.items()):
+        if only and name not in only:
+            continue
         folder = Path(root) / name
         shutil.rmtree(folder, ignore_errors=True)
         gen = torch.Generator().manual_seed(100 + seed)
         torch.manual_seed(seed)
         config._attn_implementation = "eager"
         model = randomise(kind(config), gen, zero_centred).float().eval()
+        if name == "t5_gated":                                               # as in every published T5 1.1
+            model.encoder.embed_tokens.weight = model.decoder.embed_tokens.weight = model.shared.weight
         model.save_pretrained(folder)
         (folder / "generation_config.json").unlink(missing_ok=True)
         ids, mask = batch(gen, config.vocab_size, config.pad_token_id)
@@ -111,10 +126,10 @@ def main(root):
         save_file({k: v.contiguous() for k, v in {**out, "input_ids": ids, "attention_mask": mask, **extra}.items()},
                   folder / "expected.safetensors")
         (key, found), = out.items()
-        gap = max(float((found[i, :n] - row[key][0]).abs().max()) if found.dim() == 3 else float((found[i] - row[key][0]).abs().max())
+        gap = max(float((found[i, :row[key].shape[1]] - row[key][0]).abs().max()) if found.dim() == 3 else float((found[i] - row[key][0]).abs().max())
                   for i, (n, row) in enumerate(zip(lengths, rows)))
         print(f"{name:16s} largest |{key}| {float(found.abs().max()):.2f}, float64 differs by {gap:.1e}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent)
+    main(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent, sys.argv[2:])
