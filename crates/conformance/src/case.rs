@@ -211,7 +211,7 @@ pub fn outputs(tuned: &Tuned<'_>, batch: &Batch) -> Result<Vec<f32>, Failed> {
     Ok(tuned.evaluate(batch, None, |pass, output| {
         Ok(match output {
             Output::States(states) => {
-                let rows: Vec<usize> = (0..states.dims()[0]).collect();
+                let rows: Vec<usize> = (0..batch.num_tokens()).collect();
                 to_vec(pass.logits(&states, &rows)?.inner())
             }
             Output::Classes(rows) | Output::Embeddings(rows) => to_vec(rows.inner()),

@@ -201,7 +201,14 @@ impl<'a> Pass<'a> {
             return self.product(module, x);
         }
         let y = self.product(module, x.clone())?;
-        Ok(self.changed(changes, None, y, Some(&x)))
+        let (rows, spans) = (x.dims()[0], &self.layout.spans);
+        // Poolers and heads of classes read one row of each document.
+        let spans = if rows == spans.tokens() {
+            spans.clone()
+        } else {
+            Spans::from_lengths(std::iter::repeat_n(1, rows))
+        };
+        Ok(self.changed(changes, None, y, Some(&x), &spans))
     }
 
     fn product(&mut self, module: &str, x: Tensor<2>) -> Result<Tensor<2>> {
@@ -463,7 +470,8 @@ impl<'a> Pass<'a> {
             Site::Heads(..) | Site::Hidden(..) | Site::Output(..) => self.sublayer_input.clone(),
             _ => None,
         };
-        let x = self.changed(changes, Some(site), x, input.as_ref());
+        let spans = self.layout.spans.clone();
+        let x = self.changed(changes, Some(site), x, input.as_ref(), &spans);
         if let Site::LayerInput(layer) = site
             && self.changes.reads_layer(layer)
         {
@@ -481,6 +489,7 @@ impl<'a> Pass<'a> {
         site: Option<Site>,
         mut x: Tensor<2>,
         input: Option<&Tensor<2>>,
+        spans: &Spans,
     ) -> Tensor<2> {
         if changes.is_empty() {
             return x;
@@ -488,7 +497,7 @@ impl<'a> Pass<'a> {
         let view = SiteView {
             site,
             input,
-            spans: &self.layout.spans,
+            spans,
             causal: self.weights.spec().causal,
             tasks: self.batch.tasks.as_deref(),
             layer_inputs: &self.layer_inputs,

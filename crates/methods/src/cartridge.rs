@@ -1,7 +1,7 @@
 //! Cartridges: a prefix that stands for a long text, its first rows held fixed.
 
 use retune_core::change::Changes;
-use retune_core::method::Card;
+use retune_core::method::{Card, Promises};
 use retune_core::parameters::Parameters;
 use retune_core::spec::ModelSpec;
 use retune_core::{Error, Result};
@@ -38,6 +38,14 @@ impl StateMethod for Cartridge {
     };
     const PEFT_TYPE: &'static str = "CARTRIDGE";
     const BESIDE: &'static str = prompt::BESIDE;
+
+    fn promises(&self) -> Promises {
+        Promises { starts_at_base: false, ..Promises::default() }
+    }
+
+    fn examples() -> &'static [&'static str] {
+        &["tokens = 4", "tokens = 4\nfrozen_tokens = 0"]
+    }
 
     fn slots(&self, spec: &ModelSpec, form: Form) -> Result<Vec<Slot>> {
         if self.frozen_tokens >= self.tokens {

@@ -1,7 +1,7 @@
 //! Context-aware prompt tuning: a prompt of example texts whose embeddings move a little.
 
 use retune_core::change::{Changes, InputChange, InputView, Mode, Scope};
-use retune_core::method::{Card, StepView};
+use retune_core::method::{Card, Promises, StepView};
 use retune_core::parameters::{ParameterId, Parameters, to_vec};
 use retune_core::spec::ModelSpec;
 use retune_core::{Error, Result};
@@ -66,6 +66,14 @@ impl StateMethod for Cpt {
     };
     const PEFT_TYPE: &'static str = "CPT";
     const BESIDE: &'static str = prompt::BESIDE;
+
+    fn promises(&self) -> Promises {
+        Promises { starts_at_base: false, ..Promises::default() }
+    }
+
+    fn examples() -> &'static [&'static str] {
+        &["context = [3, 9, 4]\nkinds = [1, 2, 4]"]
+    }
 
     fn slots(&self, spec: &ModelSpec, form: Form) -> Result<Vec<Slot>> {
         let wrong = |setting: &str, expected: String, found: usize| Error::Setting {

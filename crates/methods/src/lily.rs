@@ -1,5 +1,7 @@
 //! Lily: low-rank changes whose outer factor is a mixture that all layers share.
 
+use std::ops::Range;
+
 use retune_core::change::{Changes, Scope, SiteView, StateChange};
 use retune_core::kernels::linear;
 use retune_core::method::Card;
@@ -7,7 +9,7 @@ use retune_core::parameters::{ParameterId, Parameters};
 use retune_core::spec::{ModelSpec, WeightSpec};
 use retune_core::targets::{Among, Targets};
 use retune_core::{Error, Result};
-use retune_options::options;
+use retune_options::{Choice, choice, options};
 use serde_json::{Map, Value, json};
 use tensor::{Tensor, activation};
 
@@ -15,6 +17,16 @@ use crate::adapter::PREFIX;
 use crate::registry;
 use crate::state::keys::Keys;
 use crate::state::{FileTensors, Form, Made, Slot, Start, StateMethod, kaiming};
+
+choice! {
+    /// Over which tokens the mixture of outer factors is averaged.
+    pub enum Average {
+        /// Those of one document, so that neighbours in a batch do not matter.
+        Document = "document",
+        /// All that are read together, as PEFT has it.
+        Batch = "batch",
+    }
+}
 
 options! {
     /// Trains an inner factor per layer and a store of outer factors that all layers mix.
@@ -27,6 +39,8 @@ options! {
         stride: usize = 1, in 1..=65536, also "stride_A";
         /// Factor on the change.
         scaling: f64 = 1.0, in 0.0..=1e6;
+        /// Over which tokens the mixture is averaged.
+        average: Average = Average::Document;
         /// Targeted modules: suffixes, one regular expression, or all-linear.
         targets: Vec<String> = vec!["all-linear".to_owned()], also "target_modules";
         /// Modules left out again, matched the same way.
@@ -39,6 +53,9 @@ options! {
 }
 
 crate::state_plugin!(Lily);
+
+/// The key that says over what the mixture is averaged; PEFT drops keys it does not know.
+const AVERAGE: &str = "retune_average";
 
 /// Returns a module's path without the numbers of layers: what is shared among layers.
 fn kind(module: &str) -> String {
@@ -111,6 +128,10 @@ impl StateMethod for Lily {
         options: registry::specs::<Self>,
     };
     const PEFT_TYPE: &'static str = "LILY";
+
+    fn examples() -> &'static [&'static str] {
+        &["rank = 2", "rank = 3\nexperts = 3\nstride = 2"]
+    }
 
     fn slots(&self, spec: &ModelSpec, form: Form) -> Result<Vec<Slot>> {
         let Self { rank, experts, .. } = *self;
@@ -193,6 +214,7 @@ impl StateMethod for Lily {
             ("num_B", json!(self.experts)),
             ("stride_A", json!(self.stride)),
             ("scaling", json!(self.scaling)),
+            (AVERAGE, json!(self.average.name())),
             ("init_weights", json!(true)),
             ("target_modules", targets),
             ("exclude_modules", list(&self.exclude)),
@@ -209,6 +231,11 @@ impl StateMethod for Lily {
             experts: keys.count("num_B")?,
             stride: keys.optional_count("stride_A")?.unwrap_or(1).max(1),
             scaling: keys.number("scaling")?.unwrap_or(1.0),
+            average: match keys.text(AVERAGE)? {
+                None | Some("batch") => Average::Batch,
+                Some("document") => Average::Document,
+                Some(_) => return Err(keys.error(AVERAGE, "document or batch")),
+            },
             targets: keys.names("target_modules")?,
             exclude: keys.names("exclude_modules")?,
             layers: keys.counts("layers_to_transform")?,
@@ -239,10 +266,16 @@ impl StateChange for Mixture {
         let hidden = linear(x.clone(), scope.tensor(self.a, [rank, self.columns]), None);
         let router = scope.tensor(self.router, [experts, rank]);
         let shares = activation::softmax(linear(hidden.clone(), router, None), 1);
-        // One mixture for the whole pass, as the reference has it: texts read together share it.
-        let shares = shares.mean_dim(0);
         let b: Tensor<2> = scope.tensor(self.b, [experts, rank * self.rows]);
-        let mixed = shares.matmul(b).reshape([rank, self.rows]);
-        y + hidden.matmul(mixed).mul_scalar(scaling)
+        let mixed = |hidden: Tensor<2>, shares: Tensor<2>| {
+            let b = shares.mean_dim(0).matmul(b.clone()).reshape([rank, self.rows]);
+            hidden.matmul(b).mul_scalar(scaling)
+        };
+        if self.options.average == Average::Batch {
+            return y + mixed(hidden, shares);
+        }
+        let of = |x: &Tensor<2>, span: &Range<usize>| x.clone().narrow(0, span.start, span.len());
+        let parts = at.spans.iter().map(|span| mixed(of(&hidden, &span), of(&shares, &span)));
+        y + Tensor::cat(parts.collect(), 0)
     }
 }

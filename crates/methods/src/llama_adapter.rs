@@ -5,7 +5,7 @@ use std::sync::Arc;
 use retune_core::change::{AttentionChange, Changes, Scope};
 use retune_core::kernels::matrix::PackedMatrix;
 use retune_core::kernels::{AttentionOptions, Spans, attention, linear_frozen};
-use retune_core::method::Card;
+use retune_core::method::{Card, Promises};
 use retune_core::parameters::ParameterId;
 use retune_core::spec::{ModelSpec, Role, WeightSpec};
 use retune_core::{Error, Result};
@@ -79,6 +79,14 @@ impl StateMethod for LlamaAdapter {
         options: registry::specs::<Self>,
     };
     const PEFT_TYPE: &'static str = "ADAPTION_PROMPT";
+
+    fn promises(&self) -> Promises {
+        Promises { refuses: &["gpt2", "bert"], ..Promises::default() }
+    }
+
+    fn examples() -> &'static [&'static str] {
+        &["tokens = 3", "tokens = 3\ntop_layers = 1"]
+    }
 
     fn slots(&self, spec: &ModelSpec, _form: Form) -> Result<Vec<Slot>> {
         let mut slots = Vec::new();

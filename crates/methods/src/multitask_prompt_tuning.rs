@@ -1,7 +1,7 @@
 //! Multitask prompt tuning: one prompt, scaled for each task by a low-rank matrix of its own.
 
 use retune_core::change::{Changes, InputChange, InputView, Scope};
-use retune_core::method::Card;
+use retune_core::method::{Card, Promises};
 use retune_core::parameters::ParameterId;
 use retune_core::spec::ModelSpec;
 use retune_core::{Error, Result};
@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use tensor::Tensor;
 
 use crate::registry;
-use crate::state::keys::Keys;
+use crate::state::keys::{Keys, TASK};
 use crate::state::prompt;
 use crate::state::{Form, Made, Slot, Start, StateMethod};
 
@@ -45,6 +45,14 @@ impl StateMethod for MultitaskPromptTuning {
     };
     const PEFT_TYPE: &'static str = "MULTITASK_PROMPT_TUNING";
     const BESIDE: &'static str = prompt::BESIDE;
+
+    fn promises(&self) -> Promises {
+        Promises { starts_at_base: false, ..Promises::default() }
+    }
+
+    fn examples() -> &'static [&'static str] {
+        &["tokens = 3\ntasks = 2\nrank = 2\ntask = 1"]
+    }
 
     fn slots(&self, spec: &ModelSpec, _form: Form) -> Result<Vec<Slot>> {
         if self.task >= self.tasks {
@@ -90,6 +98,7 @@ impl StateMethod for MultitaskPromptTuning {
         prompt::write_config(spec, self.tokens, config);
         for (key, value) in [
             ("num_tasks", json!(self.tasks)),
+            (TASK, json!(self.task)),
             ("num_ranks", json!(self.rank)),
             ("prompt_tuning_init", json!("RANDOM")),
         ] {
@@ -102,7 +111,7 @@ impl StateMethod for MultitaskPromptTuning {
             tokens: prompt::read_tokens(keys)?,
             tasks: keys.count("num_tasks")?,
             rank: keys.count("num_ranks")?,
-            task: 0,
+            task: keys.optional_count(TASK)?.unwrap_or(0),
             modules_to_save: keys.modules_to_save()?,
         })
     }

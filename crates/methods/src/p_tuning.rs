@@ -3,7 +3,7 @@
 use retune_core::Result;
 use retune_core::change::{Changes, InputChange, InputView, Mode, Scope};
 use retune_core::kernels::{Activation, activate, linear};
-use retune_core::method::Card;
+use retune_core::method::{Card, Promises};
 use retune_core::parameters::{ParameterId, Parameters, to_vec};
 use retune_core::spec::ModelSpec;
 use retune_options::{Choice, choice, options};
@@ -103,6 +103,14 @@ impl StateMethod for PTuning {
     };
     const PEFT_TYPE: &'static str = "P_TUNING";
     const BESIDE: &'static str = prompt::BESIDE;
+
+    fn promises(&self) -> Promises {
+        Promises { starts_at_base: false, ..Promises::default() }
+    }
+
+    fn examples() -> &'static [&'static str] {
+        &["tokens = 3\nhidden = 24", "tokens = 3\nhidden = 24\nencoder = 'lstm'"]
+    }
 
     fn slots(&self, spec: &ModelSpec, form: Form) -> Result<Vec<Slot>> {
         let vectors = prompt::slot(spec, self.tokens, &[], "method.p-tuning.tokens")?;

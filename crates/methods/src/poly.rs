@@ -12,7 +12,7 @@ use tensor::{Tensor, activation};
 
 use crate::adapter::PREFIX;
 use crate::registry;
-use crate::state::keys::Keys;
+use crate::state::keys::{Keys, TASK};
 use crate::state::{Form, Made, Slot, Start, StateMethod, kaiming};
 
 options! {
@@ -85,6 +85,10 @@ impl StateMethod for Poly {
     };
     const PEFT_TYPE: &'static str = "POLY";
 
+    fn examples() -> &'static [&'static str] {
+        &["rank = 2\ntasks = 2\nskills = 3\nsplits = 2\ntask = 1"]
+    }
+
     fn slots(&self, spec: &ModelSpec, _form: Form) -> Result<Vec<Slot>> {
         let Self { rank, tasks, skills, splits, .. } = *self;
         let mut slots = Vec::new();
@@ -138,6 +142,7 @@ impl StateMethod for Poly {
         for (key, value) in [
             ("r", json!(self.rank)),
             ("n_tasks", json!(self.tasks)),
+            (TASK, json!(self.task)),
             ("n_skills", json!(self.skills)),
             ("n_splits", json!(self.splits)),
             ("poly_type", json!("poly")),
@@ -158,7 +163,7 @@ impl StateMethod for Poly {
             tasks: keys.count("n_tasks")?,
             skills: keys.count("n_skills")?,
             splits: keys.count("n_splits")?,
-            task: 0,
+            task: keys.optional_count(TASK)?.unwrap_or(0),
             targets: keys.names("target_modules")?,
             exclude: keys.names("exclude_modules")?,
             modules_to_save: keys.modules_to_save()?,

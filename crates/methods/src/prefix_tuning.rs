@@ -3,7 +3,7 @@
 use retune_core::Result;
 use retune_core::change::{AttentionChange, Changes, Mode, Scope};
 use retune_core::kernels::linear;
-use retune_core::method::Card;
+use retune_core::method::{Card, Promises};
 use retune_core::parameters::{ParameterId, Parameters, to_vec};
 use retune_core::spec::ModelSpec;
 use retune_options::options;
@@ -48,6 +48,14 @@ impl StateMethod for PrefixTuning {
     };
     const PEFT_TYPE: &'static str = "PREFIX_TUNING";
     const BESIDE: &'static str = prompt::BESIDE;
+
+    fn promises(&self) -> Promises {
+        Promises { starts_at_base: false, ..Promises::default() }
+    }
+
+    fn examples() -> &'static [&'static str] {
+        &["tokens = 3\nhidden = 6", "tokens = 3\nprojection = false"]
+    }
 
     fn slots(&self, spec: &ModelSpec, form: Form) -> Result<Vec<Slot>> {
         let width = key_width(spec);

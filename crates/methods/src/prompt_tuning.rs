@@ -2,7 +2,7 @@
 
 use retune_core::Result;
 use retune_core::change::Changes;
-use retune_core::method::Card;
+use retune_core::method::{Card, Promises};
 use retune_core::spec::ModelSpec;
 use retune_options::options;
 use serde_json::{Map, Value, json};
@@ -37,6 +37,14 @@ impl StateMethod for PromptTuning {
     };
     const PEFT_TYPE: &'static str = "PROMPT_TUNING";
     const BESIDE: &'static str = prompt::BESIDE;
+
+    fn promises(&self) -> Promises {
+        Promises { starts_at_base: false, ..Promises::default() }
+    }
+
+    fn examples() -> &'static [&'static str] {
+        &["tokens = 3", "tokens = 3\ninit_tokens = [4, 5]"]
+    }
 
     fn slots(&self, spec: &ModelSpec, _form: Form) -> Result<Vec<Slot>> {
         let setting = "method.prompt-tuning.init_tokens";

@@ -33,7 +33,14 @@ fn run(case: &Case<'_>) -> Result<(), Failed> {
         gradients.iter().flatten().flatten().copied().collect()
     };
     close("gradient", &flat(&found.gradients), &flat(&expected.gradients), 1e-5)?;
-    let again = Backprop { seed: SEED, recompute: true }.step(&tuned, &whole, 0)?;
+    let again = Backprop { seed: SEED, recompute: true }.step(&tuned, &whole, 0);
+    if let Some(site) = tuned.changes.across_layers() {
+        return match again {
+            Err(_) => Ok(()),
+            Ok(_) => Err(Failed(format!("layers run again one by one although {site} reads far"))),
+        };
+    }
+    let again = again?;
     close(
         "gradient of recomputed layers",
         &flat(&again.gradients),

@@ -27,8 +27,7 @@ fn run(case: &Case<'_>) -> Result<(), Failed> {
     if tuned == before {
         return Err(Failed("moving everything that trains does not change the output".to_owned()));
     }
-    // A change of states has no weight to be merged into.
-    if attached.changes.changed_sites().next().is_none() {
+    if attached.changes.unmergeable().is_none() {
         let merged = merged(case, &attached)?;
         close("merged output", &case.base_outputs(&merged, &batch)?, &tuned, 1e-4)?;
     }

@@ -3,6 +3,9 @@
 use retune_core::{Error, Result};
 use serde_json::Value;
 
+/// The key of the task of texts that do not say theirs; PEFT drops keys it does not know.
+pub const TASK: &str = "retune_task";
+
 /// A configuration that is being read.
 #[derive(Debug, Clone, Copy)]
 pub struct Keys<'a>(pub &'a Value);

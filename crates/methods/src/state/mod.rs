@@ -12,7 +12,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use retune_core::change::Changes;
-use retune_core::method::{Card, Method, MethodPlan, PlannedParameter, StepView};
+use retune_core::method::{Card, Method, MethodPlan, PlannedParameter, Promises, StepView};
 use retune_core::parameters::{ParameterId, Parameters};
 use retune_core::random::Seed;
 use retune_core::spec::{Head, Kind, ModelSpec, Role, WeightSpec};
@@ -180,6 +180,14 @@ pub trait StateMethod: Options + Debug + Send + Sync + 'static {
     /// Those of reading weights.
     fn build(&self, spec: &ModelSpec, form: Form, made: &Made<'_>) -> Result<Changes>;
 
+    /// Returns what the method promises with these options.
+    fn promises(&self) -> Promises {
+        Promises::default()
+    }
+
+    /// Returns tables of options that between them use every path through the method.
+    fn examples() -> &'static [&'static str];
+
     /// Names modules that train whole and are saved beside.
     fn modules_to_save(&self) -> &[String] {
         &[]
@@ -282,6 +290,14 @@ impl<T: StateMethod> Method for State<T> {
 
     fn card(&self) -> Card {
         T::CARD
+    }
+
+    fn promises(&self) -> Promises {
+        self.options.promises()
+    }
+
+    fn examples(&self) -> &'static [&'static str] {
+        T::examples()
     }
 
     fn plan(&self, spec: &ModelSpec) -> Result<MethodPlan> {
