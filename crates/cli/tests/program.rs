@@ -180,3 +180,68 @@ fn a_kill_loses_at_most_the_steps_since_the_last_checkpoint() {
     assert_eq!(adapter(&run), expected);
     assert!(run.join("report.md").is_file());
 }
+
+/// Puts a word-level tokenizer beside the golden T5.
+fn t5(folder: &Path) {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testkit/golden/families/t5");
+    std::fs::create_dir(folder.join("t5")).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(golden.join(file), folder.join("t5").join(file)).unwrap();
+    }
+    let words = ["<pad>", "</s>", "<unk>", "whale", "harpoon", "ship", "animal", "object"];
+    let vocabulary: serde_json::Map<String, serde_json::Value> =
+        words.iter().enumerate().map(|(id, word)| ((*word).to_owned(), id.into())).collect();
+    let special = |id: usize| {
+        serde_json::json!({"id": id, "content": words[id], "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false, "special": true})
+    };
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [special(0), special(1), special(2)],
+        "normalizer": null, "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": {"type": "TemplateProcessing",
+            "single": [{"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}},
+                {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}},
+        "decoder": null,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+    });
+    let config = serde_json::json!({"eos_token": "</s>", "pad_token": "<pad>"});
+    std::fs::write(folder.join("t5/tokenizer.json"), tokenizer.to_string()).unwrap();
+    std::fs::write(folder.join("t5/tokenizer_config.json"), config.to_string()).unwrap();
+}
+
+#[test]
+fn an_encoder_decoder_learns_and_answers() {
+    let folder = tempfile::tempdir().unwrap();
+    t5(folder.path());
+    let rows: String = (0..24)
+        .map(|i| {
+            let (prompt, completion) =
+                [("whale", "animal"), ("harpoon", "object"), ("ship ship", "object")][i % 3];
+            format!("{{\"prompt\": \"{prompt}\", \"completion\": \"{completion}\"}}\n")
+        })
+        .collect();
+    std::fs::write(folder.path().join("rows.jsonl"), rows).unwrap();
+    let recipe = "model = \"t5\"\n[data]\ntrain = \"rows.jsonl\"\ntest = \"rows.jsonl\"\nvalidation_fraction = 0.0\n[method.lora]\nrank = 8\n\
+                [train]\nsteps = 60\nbatch_size = 6\nlearning_rate = 2e-2\n\
+                [evaluate]\nkind = \"generate\"\nmax_new_tokens = 3\n";
+    std::fs::write(folder.path().join("t5.toml"), recipe).unwrap();
+    let out = retune(folder.path(), &["run", "t5.toml"]);
+    assert!(out.status.success(), "{}", text_of(&out));
+    let report = std::fs::read_to_string(folder.path().join("runs/t5-1/report.json")).unwrap();
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    let metrics = report["metrics"].as_array().unwrap();
+    let exact = metrics.iter().find(|metric| metric["name"] == "exact_match").unwrap();
+    assert_eq!(exact["after"]["value"], 1.0, "{report}");
+
+    let adapter = folder.path().join("runs/t5-1/adapter").display().to_string();
+    let out = retune(
+        folder.path(),
+        &["generate", "--model", "t5", "--adapter", &adapter, "--prompt", "whale"],
+    );
+    assert!(out.status.success(), "{}", text_of(&out));
+    assert_eq!(text(&out.stdout).trim(), "animal");
+}

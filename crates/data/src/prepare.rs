@@ -60,6 +60,9 @@ pub struct PrepareOptions {
     pub too_long: TooLong,
     /// Puts the end token behind running text that does not end with it.
     pub end_texts: bool,
+    /// The token between the two sides of an encoder-decoder's rows: what the encoder reads stands
+    /// before it, what the decoder learns behind it.
+    pub decoder_start: Option<u32>,
 }
 
 impl Default for PrepareOptions {
@@ -69,6 +72,7 @@ impl Default for PrepareOptions {
             max_tokens: 1024,
             too_long: TooLong::Cut,
             end_texts: true,
+            decoder_start: None,
         }
     }
 }
@@ -134,6 +138,13 @@ impl Preparer {
     /// [`Error::Template`] or [`Error::Example`] when the template refuses the conversation or the
     /// answer cannot be found in it.
     pub fn render(&self, example: &Example) -> Result<(String, Vec<Range<usize>>)> {
+        if let (Some(start), Example::Completion { prompt, completion }) =
+            (self.options.decoder_start, example)
+        {
+            let text = format!("{prompt}{}{completion}", self.tokenizer.token_text(start));
+            let learned = text.len() - completion.len()..text.len();
+            return Ok((text, std::iter::once(learned).collect()));
+        }
         let rendered = self.rendered(example)?;
         Ok((rendered.text, rendered.ranges))
     }
@@ -162,6 +173,9 @@ impl Preparer {
             };
             return self.labelled(text, second.as_deref(), label, line, statistics);
         }
+        if let Some(start) = self.options.decoder_start {
+            return self.two_sided(example, start, line, statistics);
+        }
         let rendered = self.rendered(example)?;
         let encoded = self.tokenizer.encode(&rendered.text, rendered.add_special)?;
         let mut ranges = rendered.ranges;
@@ -173,6 +187,70 @@ impl Preparer {
         if rendered.ends_itself {
             masked.learn.iter_mut().skip(1).for_each(|learn| *learn = true);
         }
+        Ok(self.fit(masked, line, statistics)?.map(|(ids, learn)| TokenRow {
+            ids,
+            learn,
+            label: None,
+            token_types: None,
+            source_line: line,
+        }))
+    }
+
+    /// Encodes a text with one end token behind it.
+    fn ended(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.tokenizer.encode(text, true)?.ids;
+        if let Some(end) = self.tokenizer.special().eos
+            && ids.last() != Some(&end)
+        {
+            ids.push(end);
+        }
+        Ok(ids)
+    }
+
+    /// Encodes what the encoder reads, with the token that begins the decoder's side.
+    pub(crate) fn source(&self, prompt: &str, start: u32) -> Result<Vec<u32>> {
+        let mut ids = self.ended(prompt)?;
+        ids.push(start);
+        Ok(ids)
+    }
+
+    /// Makes the row of an encoder-decoder; where it is too long, the source gives way down to half.
+    fn two_sided(
+        &self,
+        example: &Example,
+        start: u32,
+        line: usize,
+        statistics: &mut Statistics,
+    ) -> Result<Option<TokenRow>> {
+        let (Example::Completion { prompt, completion }
+        | Example::Chat(Chat { plain: Some((prompt, completion)), .. })) = example
+        else {
+            return Err(Error::example(
+                "an encoder-decoder learns to turn one text into another",
+                "give rows of prompt and completion, or of instruction and output",
+            ));
+        };
+        let (mut source, mut target) = (self.ended(prompt)?, self.ended(completion)?);
+        let room = self.options.max_tokens - 1;
+        let whole = source.len() + target.len();
+        if whole > room && self.options.too_long == TooLong::Cut {
+            let kept = target.len().min((room / 2).max(room.saturating_sub(source.len())));
+            let lost = target.len() - kept;
+            target.truncate(kept);
+            let end = source.pop();
+            source.truncate((room - kept).saturating_sub(1));
+            source.extend(end);
+            statistics.longest_uncut = statistics.longest_uncut.max(whole + 1);
+            statistics.rows_cut += 1;
+            statistics.rows_cut_learned += usize::from(lost > 0);
+            statistics.tokens_cut += (whole - source.len() - target.len()) as u64;
+            statistics.learned_tokens_cut += lost as u64;
+        }
+        let mut learn = vec![false; source.len() + 1];
+        learn.resize(source.len() + 1 + target.len(), true);
+        source.push(start);
+        source.extend(target);
+        let masked = Masked { ids: source, learn, ..Masked::default() };
         Ok(self.fit(masked, line, statistics)?.map(|(ids, learn)| TokenRow {
             ids,
             learn,

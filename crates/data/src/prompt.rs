@@ -40,11 +40,22 @@ impl Preparer {
                 | Example::Chat(Chat { plain: Some((prompt, completion)), .. }),
                 false,
             ) => Ok(Some(Question {
-                prompt: self.tokenizer().encode_open(prompt, true)?,
+                prompt: self.plain_prompt(prompt)?,
                 text: prompt.clone(),
                 answer: completion.clone(),
             })),
             _ => Ok(None),
+        }
+    }
+
+    /// Encodes a text that the model is to continue or, with two sides, to answer.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`].
+    pub fn plain_prompt(&self, text: &str) -> Result<Vec<u32>> {
+        match self.options().decoder_start {
+            Some(start) => self.source(text, start),
+            None => self.tokenizer().encode_open(text, true),
         }
     }
 

@@ -10,8 +10,6 @@ use retune_core::model::Tuned;
 use retune_core::random::Seed;
 use retune_core::spec::Head;
 use retune_data::shape::Example;
-use retune_data::template::ChatTemplate;
-use retune_data::tokenizer::Tokenizer;
 use retune_evaluate::choice::rank;
 use retune_evaluate::generate::{Generation, Prompt, generate};
 use retune_evaluate::likelihood::{Budget, Request, log_likelihoods};
@@ -47,10 +45,6 @@ pub struct Measure<'a> {
     pub options: &'a EvaluateOptions,
     /// The rows measured.
     pub rows: &'a Subset,
-    /// The model's tokenizer.
-    pub tokenizer: &'a Tokenizer,
-    /// Its chat template.
-    pub template: Option<&'a ChatTemplate>,
     /// Answers to choose from.
     pub choices: Vec<String>,
     /// The run's seed.
@@ -64,8 +58,8 @@ pub struct Measure<'a> {
 pub fn answers_seen(train: &Subset) -> Result<Vec<String>> {
     let mut seen = std::collections::BTreeSet::new();
     for row in &train.rows {
-        if let Some((_, answer)) = parts(&train.dataset.example(*row)?.0) {
-            seen.insert(answer);
+        if let Some(answer) = train.dataset.example(*row)?.0.answer() {
+            seen.insert(answer.trim().to_owned());
         }
         if seen.len() > 64 {
             return Ok(Vec::new());
@@ -74,23 +68,16 @@ pub fn answers_seen(train: &Subset) -> Result<Vec<String>> {
     Ok(seen.into_iter().collect())
 }
 
-/// Splits an example into the conversation or prompt before the last answer, and that answer.
-fn parts(example: &Example) -> Option<(Example, String)> {
+/// Returns what the last answer answers, as a person reads it.
+fn asked(example: &Example) -> String {
     match example {
         Example::Chat(chat) => {
-            let mut chat = chat.clone();
-            let last = chat.conversation.messages.pop()?;
-            if last.get("role")?.as_str()? != "assistant" {
-                return None;
-            }
-            let answer = last.get("content")?.as_str()?.trim().to_owned();
-            Some((Example::Chat(chat), answer))
+            let mut messages = chat.conversation.messages.iter().rev();
+            let asked = messages.find(|message| message["role"] == "user");
+            asked.and_then(|message| message["content"].as_str()).unwrap_or_default().to_owned()
         }
-        Example::Completion { prompt, completion } => {
-            let before = Example::Text(prompt.clone());
-            Some((before, completion.trim().to_owned()))
-        }
-        _ => None,
+        Example::Completion { prompt, .. } => prompt.clone(),
+        _ => String::new(),
     }
 }
 
@@ -103,40 +90,15 @@ impl Measure<'_> {
         let mut questions = Vec::new();
         for row in self.rows.rows.iter().take(self.options.rows) {
             let example = self.rows.dataset.example(*row)?.0;
-            let Some((before, reference)) = parts(&example) else { continue };
-            questions.push(self.question(&before, reference)?);
+            let preparer = self.rows.dataset.preparer();
+            let Some(question) = preparer.question(&example)? else { continue };
+            questions.push(Question {
+                tokens: question.prompt,
+                shown: asked(&example),
+                reference: question.answer.trim().to_owned(),
+            });
         }
         Ok(questions)
-    }
-
-    fn question(&self, before: &Example, reference: String) -> Result<Question> {
-        let (text, shown) = match (before, self.template) {
-            (Example::Chat(chat), Some(template)) => {
-                let shown = chat.conversation.messages.last();
-                let shown = shown.and_then(|m| m.get("content")).and_then(|c| c.as_str());
-                let shown = shown.unwrap_or_default().to_owned();
-                (template.render(&chat.conversation, true)?, shown)
-            }
-            (Example::Text(prompt), Some(template)) => {
-                let talk = retune_data::template::Conversation {
-                    messages: vec![serde_json::json!({"role": "user", "content": prompt})],
-                    ..Default::default()
-                };
-                (template.render(&talk, true)?, prompt.clone())
-            }
-            (Example::Text(prompt), None) => (prompt.clone(), prompt.clone()),
-            (Example::Chat(chat), None) => {
-                let texts = chat.conversation.messages.iter();
-                let texts: Vec<&str> =
-                    texts.filter_map(|m| m.get("content").and_then(|c| c.as_str())).collect();
-                let text = texts.join("\n");
-                (text.clone(), text)
-            }
-            _ => (String::new(), String::new()),
-        };
-        let plain = self.template.is_none();
-        let tokens = self.tokenizer.encode(&text, plain)?.ids;
-        Ok(Question { tokens, shown, reference })
     }
 
     /// Measures the model as it stands.
@@ -193,13 +155,14 @@ impl Measure<'_> {
     }
 
     fn answer(&self, tuned: &Tuned<'_>, questions: &[Question]) -> Result<Vec<String>> {
+        let preparer = self.rows.dataset.preparer();
         let prompts = questions
             .iter()
             .enumerate()
             .map(|(number, q)| Prompt::new(q.tokens.clone(), self.seed, number as u64))
             .collect();
         let options = Generation {
-            end_tokens: self.tokenizer.special().eos.into_iter().collect(),
+            end_tokens: preparer.end_tokens(),
             max_new_tokens: self.options.max_new_tokens,
             ..Generation::default()
         };
@@ -207,7 +170,7 @@ impl Measure<'_> {
             generate(tuned, prompts, &options, &mut retune_evaluate::generate::unwatched)?;
         generated
             .into_iter()
-            .map(|answer| Ok(self.tokenizer.decode(&answer.tokens, true)?.trim().to_owned()))
+            .map(|answer| Ok(preparer.tokenizer().decode(&answer.tokens, true)?.trim().to_owned()))
             .collect()
     }
 
@@ -219,10 +182,11 @@ impl Measure<'_> {
         tuned: &Tuned<'_>,
         questions: &[Question],
     ) -> Result<[(&'static str, Vec<f64>); 2]> {
+        let tokenizer = self.rows.dataset.preparer().tokenizer();
         let choices: Vec<Vec<u32>> = self
             .choices
             .iter()
-            .map(|choice| Ok(self.tokenizer.encode(choice, false)?.ids))
+            .map(|choice| Ok(tokenizer.encode(choice, false)?.ids))
             .collect::<Result<_>>()?;
         let requests: Vec<Request> = questions
             .iter()

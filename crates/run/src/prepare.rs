@@ -10,7 +10,7 @@ use crate::rows::{Rows, Splits, Subset, TrainBatches};
 use retune_core::names::nearest_list;
 use retune_core::random::Seed;
 use retune_data::labels::Labels;
-use retune_data::template::{ChatTemplate, Date};
+use retune_data::template::Date;
 use retune_data::tokenizer::Tokenizer;
 use retune_models::Task;
 
@@ -23,8 +23,6 @@ pub struct Prepared {
     pub located: Located,
     /// Its tokenizer.
     pub tokenizer: Tokenizer,
-    /// Its chat template, if it has one.
-    pub template: Option<ChatTemplate>,
     /// Its weights.
     pub opened: Opened,
     /// The rows.
@@ -50,17 +48,19 @@ impl Prepared {
         let tokenizer = located.tokenizer()?;
         let seed = Seed(recipe.seed);
         // The spec's limit is needed before the task is known; it does not depend on it.
-        let limit = retune_models::open(&located.path)?.model.spec().max_positions;
+        let checkpoint = retune_models::open(&located.path)?;
+        let spec = checkpoint.model.spec();
+        let limit = spec.max_positions;
         let limit = limit.saturating_sub(recipe.method.num_positions()).max(1);
         let max_length = recipe.data.max_length.unwrap_or(USUAL_MAX_LENGTH).min(limit);
         let rows = Rows {
             options: &recipe.data,
             tokenizer: &tokenizer,
             max_length,
+            decoder_start: spec.decoder_start(),
             date: Date::from_unix((environment.clock)() as i64),
             seed,
         };
-        let template = rows.template()?;
         let splits = rows.splits()?;
         let task = match splits.train.dataset.labels() {
             Some(Labels::Classes(names)) => Task::Classify { labels: names.clone() },
@@ -84,8 +84,7 @@ impl Prepared {
             }
             _ => recipe.evaluate.choices.clone(),
         };
-        let prepared =
-            Self { recipe, located, tokenizer, template, opened, splits, batches, plan, choices };
+        let prepared = Self { recipe, located, tokenizer, opened, splits, batches, plan, choices };
         prepared.check_choices()?;
         Ok(prepared)
     }
@@ -140,8 +139,6 @@ impl Prepared {
         Measure {
             options: &self.recipe.evaluate,
             rows,
-            tokenizer: &self.tokenizer,
-            template: self.template.as_ref(),
             choices: self.choices.clone(),
             seed: Seed(self.recipe.seed),
         }

@@ -107,6 +107,8 @@ pub struct Rows<'a> {
     pub tokenizer: &'a Tokenizer,
     /// Longest row in tokens.
     pub max_length: usize,
+    /// The token that begins the decoder's side, for models of two sides.
+    pub decoder_start: Option<u32>,
     /// The day templates print.
     pub date: Date,
     /// The run's seed.
@@ -185,6 +187,7 @@ impl Rows<'_> {
                 OnLong::Drop => TooLong::Drop,
                 OnLong::Error => TooLong::Error,
             },
+            decoder_start: self.decoder_start,
             ..PrepareOptions::default()
         };
         let preparer = Preparer::new(self.tokenizer.clone(), self.template()?, prepare)?;
@@ -198,7 +201,7 @@ impl Rows<'_> {
     ///
     /// # Errors
     /// If it does not compile.
-    pub fn template(&self) -> Result<Option<ChatTemplate>> {
+    fn template(&self) -> Result<Option<ChatTemplate>> {
         let settings = TemplateSettings::of(self.tokenizer, Some(self.date));
         let source = self.tokenizer.chat_template();
         Ok(source.map(|source| ChatTemplate::compile(source, settings)).transpose()?)

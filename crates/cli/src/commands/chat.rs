@@ -18,15 +18,16 @@ use crate::failure::Failure;
 pub(crate) fn chat(model: &ModelArguments, json: bool) -> Result<(), Failure> {
     let session =
         Session::open(&model.model, model.adapter.as_deref(), model.stored, model.force, json)?;
-    let (tokenizer, template) = session.text()?;
-    let Some(template) = template else {
+    let preparer = session.preparer()?;
+    let tokenizer = preparer.tokenizer();
+    if preparer.template().is_none() {
         return Err(Failure::Failed(
             "the model has no chat template\n  help: use `retune generate --raw`".to_owned(),
         ));
-    };
+    }
     let options = Generation {
         sampling: sampling(model),
-        end_tokens: tokenizer.special().eos.into_iter().collect(),
+        end_tokens: preparer.end_tokens(),
         max_new_tokens: model.max_new_tokens,
         ..Generation::default()
     };
@@ -58,7 +59,7 @@ pub(crate) fn chat(model: &ModelArguments, json: bool) -> Result<(), Failure> {
         }
         let _ = editor.add_history_entry(&line);
         let talk = Conversation { messages: messages.clone(), ..Conversation::default() };
-        let ids = tokenizer.encode(&template.render(&talk, true)?, false)?.ids;
+        let (ids, _) = preparer.chat_prompt(&talk)?;
         let prompt = Prompt::new(ids, Seed(model.seed), turn);
         let mut shown = 0;
         let answer = dialogue.reply(&session.tuned(), prompt, &options, &mut |_, tokens| {

@@ -22,7 +22,7 @@ pub(crate) fn merge_adapter(
 ) -> Result<(), Failure> {
     let session = Session::open(model, Some(adapter), false, force, json)?;
     // A folder without a tokenizer can still be merged.
-    let tokenizer = session.text().ok().map(|(tokenizer, _)| tokenizer);
+    let tokenizer = session.tokenizer().ok();
     let dtype = match dtype {
         "bf16" => Dtype::BF16,
         "f16" => Dtype::F16,
@@ -57,7 +57,7 @@ pub(crate) fn export(
         }
         "hf" => {
             // A folder without a tokenizer can still be merged.
-            let tokenizer = session.text().ok().map(|(tokenizer, _)| tokenizer);
+            let tokenizer = session.tokenizer().ok();
             let adapter = adapter.map_or_else(|| "none".to_owned(), |a| a.display().to_string());
             let card = merged_card(model, &adapter);
             write_merged(&session.tuned(), tokenizer.as_ref(), Dtype::F32, &card, output)?;
@@ -68,7 +68,7 @@ pub(crate) fn export(
                 "gguf-f32" => BlockType::F32,
                 _ => BlockType::F16,
             };
-            let (tokenizer, _) = session.text()?;
+            let tokenizer = session.tokenizer()?;
             write_gguf(&session.tuned(), checkpoint, &tokenizer, kind, &name, output)?;
         }
     }

@@ -40,22 +40,21 @@ pub(crate) fn generate(
     }
     let session =
         Session::open(&model.model, model.adapter.as_deref(), model.stored, model.force, json)?;
-    let (tokenizer, template) = session.text()?;
-    let ids = match template {
-        Some(template) if !raw => {
-            let mut messages = Vec::new();
-            if let Some(system) = &model.system {
-                messages.push(json!({"role": "system", "content": system}));
-            }
-            messages.push(json!({"role": "user", "content": text}));
-            let talk = Conversation { messages, ..Conversation::default() };
-            tokenizer.encode(&template.render(&talk, true)?, false)?.ids
+    let preparer = session.preparer()?;
+    let tokenizer = preparer.tokenizer();
+    let ids = if raw || preparer.template().is_none() {
+        preparer.plain_prompt(&text)?
+    } else {
+        let mut messages = Vec::new();
+        if let Some(system) = &model.system {
+            messages.push(json!({"role": "system", "content": system}));
         }
-        _ => tokenizer.encode(&text, true)?.ids,
+        messages.push(json!({"role": "user", "content": text}));
+        preparer.chat_prompt(&Conversation { messages, ..Conversation::default() })?.0
     };
     let options = Generation {
         sampling: sampling(model),
-        end_tokens: tokenizer.special().eos.into_iter().collect(),
+        end_tokens: preparer.end_tokens(),
         max_new_tokens: model.max_new_tokens,
         ..Generation::default()
     };

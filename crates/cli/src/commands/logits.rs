@@ -17,6 +17,8 @@ use crate::failure::Failure;
 struct Row {
     columns: Vec<usize>,
     document: Document,
+    /// Tokens before the decoder's side, which have no logits; none in models of one side.
+    num_source: usize,
 }
 
 /// Computes logits of the ids in a file and writes them to another.
@@ -28,9 +30,10 @@ pub(crate) fn logits(
     force: bool,
     json: bool,
 ) -> Result<(), Failure> {
-    let (rows, width) = read_rows(input)?;
     let session = Session::open(model, adapter, false, force, json)?;
     let tuned = session.tuned();
+    let two_sided = tuned.model.spec().decoder_start().is_some();
+    let (rows, width) = read_rows(input, two_sided)?;
     let num_rows = rows.len();
     let mut values: Vec<f32> = Vec::new();
     let mut shape = Vec::new();
@@ -44,11 +47,13 @@ pub(crate) fn logits(
             ));
         }
         let mut batch = Batch::new(std::slice::from_ref(&row.document))?;
-        // Positions count every column, masked or not, as the other tools' default does.
-        batch.positions.clone_from(&row.columns);
+        if row.num_source == 0 {
+            // Positions count every column, masked or not, as the other tools' default does.
+            batch.positions.clone_from(&row.columns);
+        }
         let (found, classes) = tuned.evaluate(&batch, None, |pass, out| match out {
             Output::States(states) => {
-                let all: Vec<usize> = (0..batch.num_tokens()).collect();
+                let all: Vec<usize> = (row.num_source..batch.num_tokens()).collect();
                 Ok((logit_rows(pass.logits(&states, &all)?), false))
             }
             Output::Classes(logits) | Output::Embeddings(logits) => Ok((logit_rows(logits), true)),
@@ -82,12 +87,12 @@ pub(crate) fn logits(
 
 fn wrong(path: &Path, name: &str, expected: &str, found: &str) -> Failure {
     Failure::Failed(format!(
-        "{}: tensor `{name}` cannot be used\n  expected: {expected}\n  found: {found}\n  help: input_ids [B, T] and, where needed, attention_mask and token_type_ids of the same shape, any integer type",
+        "{}: tensor `{name}` cannot be used\n  expected: {expected}\n  found: {found}\n  help: input_ids [B, T] and, where needed, attention_mask and token_type_ids of the same shape and decoder_input_ids [B, U], any integer type",
         path.display()
     ))
 }
 
-fn read_rows(path: &Path) -> Result<(Vec<Row>, usize), Failure> {
+fn read_rows(path: &Path, two_sided: bool) -> Result<(Vec<Row>, usize), Failure> {
     let file = SafetensorsFile::open(path)?;
     let ids = file.tensor("input_ids")?;
     let [num_rows, width] = *ids.shape else {
@@ -107,13 +112,24 @@ fn read_rows(path: &Path) -> Result<(Vec<Row>, usize), Failure> {
     let small = |name: &str, value: i64| {
         u32::try_from(value).map_err(|_| wrong(path, name, "ids from 0", &value.to_string()))
     };
+    let decoder = match file.get("decoder_input_ids").filter(|_| two_sided) {
+        None => None,
+        Some(view) => match *view.shape {
+            [rows, width] if rows == num_rows => Some((view.to_i64()?, width)),
+            _ => {
+                let found = format!("{:?}", view.shape);
+                let expected = format!("shape [{num_rows}, U]");
+                return Err(wrong(path, "decoder_input_ids", &expected, &found));
+            }
+        },
+    };
     let mut rows = Vec::with_capacity(num_rows);
     for row in 0..num_rows {
         let at = |column: usize| row * width + column;
         let columns: Vec<usize> = (0..width)
             .filter(|column| mask.as_ref().is_none_or(|mask| mask[at(*column)] != 0))
             .collect();
-        let tokens = columns
+        let mut tokens = columns
             .iter()
             .map(|column| small("input_ids", ids[at(*column)]))
             .collect::<Result<Vec<_>, _>>()?;
@@ -123,11 +139,20 @@ fn read_rows(path: &Path) -> Result<(Vec<Row>, usize), Failure> {
                 columns.iter().map(|column| small("token_type_ids", types[at(*column)])).collect()
             })
             .transpose()?;
+        let (mut columns, mut num_source) = (columns, 0);
+        if let (Some((ids, width)), false) = (&decoder, columns.is_empty()) {
+            num_source = tokens.len();
+            for id in &ids[row * width..(row + 1) * width] {
+                tokens.push(small("decoder_input_ids", *id)?);
+            }
+            columns = (0..*width).collect();
+        }
         let learn = vec![false; tokens.len()];
         rows.push(Row {
             columns,
             document: Document { tokens, learn, token_types, class: None, row },
+            num_source,
         });
     }
-    Ok((rows, width))
+    Ok((rows, decoder.map_or(width, |(_, width)| width)))
 }

@@ -6,6 +6,7 @@ use retune_core::change::Changes;
 use retune_core::model::Tuned;
 use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
+use retune_data::prepare::{PrepareOptions, Preparer};
 use retune_data::template::{ChatTemplate, Date, TemplateSettings};
 use retune_data::tokenizer::Tokenizer;
 use retune_hub::Network;
@@ -92,17 +93,26 @@ impl Session {
         }
     }
 
-    /// Opens the tokenizer and compiles its chat template.
-    pub(crate) fn text(&self) -> Result<(Tokenizer, Option<ChatTemplate>), Failure> {
+    /// Opens the tokenizer.
+    pub(crate) fn tokenizer(&self) -> Result<Tokenizer, Failure> {
         let tokenizer = self.located.tokenizer()?;
         tokenizer.check_fits(self.opened.checkpoint.model.spec().vocabulary)?;
+        Ok(tokenizer)
+    }
+
+    /// Opens the tokenizer and compiles its chat template: what turns texts into prompts.
+    pub(crate) fn preparer(&self) -> Result<Preparer, Failure> {
+        let tokenizer = self.tokenizer()?;
+        let spec = self.opened.checkpoint.model.spec();
         let date = Date::from_unix(clock() as i64);
         let settings = TemplateSettings::of(&tokenizer, Some(date));
         let template = tokenizer
             .chat_template()
             .map(|source| ChatTemplate::compile(source, settings))
             .transpose()?;
-        Ok((tokenizer, template))
+        let options =
+            PrepareOptions { decoder_start: spec.decoder_start(), ..PrepareOptions::default() };
+        Ok(Preparer::new(tokenizer, template, options)?)
     }
 }
 

@@ -201,3 +201,30 @@ fn settings_that_leave_nothing_are_refused() {
     let options = PrepareOptions { max_tokens: 1, ..PrepareOptions::default() };
     assert!(Preparer::new(byte_level(), None, options).is_err());
 }
+
+#[test]
+fn the_sides_of_an_encoder_decoder_are_parted_by_its_start_token() {
+    let example = Example::Completion { prompt: "3456789".into(), completion: "12".into() };
+    let start = byte_level().encode("0", false).unwrap().ids[0];
+    let of = |max_tokens| {
+        let options =
+            PrepareOptions { decoder_start: Some(start), max_tokens, ..PrepareOptions::default() };
+        shown(&preparer(None, options), &example)
+    };
+    let end = byte_level().special().eos.map(|id| byte_level().token_text(id)).unwrap();
+    assert_eq!(of(64).0, format!("3456789{end}0[12{end}]"));
+    // Of the 6 tokens beside the start token the target keeps its 3; the source keeps its end.
+    let (cut, statistics) = of(7);
+    assert_eq!(cut, format!("34{end}0[12{end}]"));
+    assert_eq!((statistics.rows_cut, statistics.learned_tokens_cut), (1, 0));
+
+    let options = PrepareOptions { decoder_start: Some(start), ..PrepareOptions::default() };
+    let preparer = preparer(None, options);
+    let question = preparer.question(&example).unwrap().unwrap();
+    let row = preparer.row(&example, None, 1, &mut Statistics::default()).unwrap().unwrap();
+    assert!(row.ids.starts_with(&question.prompt), "trained and asked alike");
+    assert!(row.learn[..question.prompt.len()].iter().all(|learn| !learn));
+    let text = Example::Text("hello".into());
+    let refused = preparer.row(&text, None, 1, &mut Statistics::default()).unwrap_err();
+    assert!(refused.to_string().contains("prompt and completion"), "{refused}");
+}

@@ -127,6 +127,21 @@ pub enum Example {
     },
 }
 
+impl Example {
+    /// Returns the last answer, if the example holds one.
+    pub fn answer(&self) -> Option<&str> {
+        match self {
+            Self::Chat(chat) => {
+                let mut messages = chat.conversation.messages.iter().rev();
+                let answer = messages.find(|message| message["role"] == "assistant")?;
+                answer["content"].as_str().filter(|text| !text.is_empty())
+            }
+            Self::Completion { completion, .. } => Some(completion),
+            Self::Text(_) | Self::Labelled { .. } => None,
+        }
+    }
+}
+
 /// A conversation and which of the assistant's messages are learned.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Chat {
