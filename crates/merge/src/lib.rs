@@ -4,6 +4,10 @@
 
 pub mod compeft;
 mod error;
+pub mod layers;
+pub mod methods;
+pub mod plan;
+pub mod setting;
 pub mod source;
 pub mod update;
 pub mod writer;
