@@ -77,6 +77,12 @@ pub enum Error {
         /// Everything that was found.
         problems: Vec<String>,
     },
+    /// Whoever watched asked to stop.
+    #[error("the merge was stopped")]
+    Stopped,
+    /// A model could not be found.
+    #[error("{0}")]
+    NotFound(String),
     /// Writing stopped after some tensors, which are kept.
     #[error(
         "{source}; {done} of {total} tensors are kept in {}: repeat the command to go on, or \
