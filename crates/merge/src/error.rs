@@ -56,6 +56,33 @@ pub enum Error {
         /// What to do.
         help: String,
     },
+    /// A method has no answer for the values of a tensor.
+    #[error("tensor '{tensor}' of {model}: {what}; {help}")]
+    Values {
+        /// The tensor.
+        tensor: String,
+        /// The model, or all.
+        model: String,
+        /// What is wrong.
+        what: String,
+        /// What to do.
+        help: String,
+    },
+    /// The plan has mistakes.
+    #[error(transparent)]
+    Plan(#[from] retune_options::Report),
+    /// The models do not fit together.
+    #[error("the models do not fit together:\n{}", list(problems))]
+    Misfit {
+        /// Everything that was found.
+        problems: Vec<String>,
+    },
+    /// Whoever watched asked to stop.
+    #[error("the merge was stopped")]
+    Stopped,
+    /// A model could not be found.
+    #[error("{0}")]
+    NotFound(String),
     /// Writing stopped after some tensors, which are kept.
     #[error(
         "{source}; {done} of {total} tensors are kept in {}: repeat the command to go on, or \
@@ -83,4 +110,16 @@ impl Error {
         let path = path.to_path_buf();
         move |source| Self::Io { path, action, source }
     }
+}
+
+/// Most problems shown; a pair of strange models has one per tensor.
+const SHOWN: usize = 8;
+
+fn list(problems: &[String]) -> String {
+    let mut lines: Vec<String> =
+        problems.iter().take(SHOWN).map(|problem| format!("  - {problem}")).collect();
+    if problems.len() > SHOWN {
+        lines.push(format!("  - and {} more", problems.len() - SHOWN));
+    }
+    lines.join("\n")
 }

@@ -2,10 +2,21 @@
 //!
 //! Everything streams: memory holds a few tensors, whatever the size of the model.
 
+mod card;
 pub mod compeft;
 mod error;
+pub mod layers;
+mod lora;
+pub mod methods;
+mod model;
+pub mod plan;
+mod resolve;
+mod run;
+pub mod setting;
 pub mod source;
 pub mod update;
+mod vocabulary;
 pub mod writer;
 
 pub use error::{Error, Result};
+pub use run::{Locate, Merged, Options, Progress, Watch, merge};

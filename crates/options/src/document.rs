@@ -35,25 +35,35 @@ impl Document {
         }
     }
 
+    /// Parses a YAML text that holds one table.
+    ///
+    /// Anchors, aliases and `<<` are resolved; a key without a value counts as not written.
+    ///
+    /// # Errors
+    /// A [`Report`] of the first syntax error, or of every duplicate key and empty list value.
+    pub fn parse_yaml(file_name: &str, text: &str) -> Result<Self, Report> {
+        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+        let sources = vec![Source { name: file_name.to_owned(), text: text.to_owned() }];
+        match crate::yaml::parse(text) {
+            Ok(root) => Ok(Self { sources: Arc::new(sources), root }),
+            Err(diagnostics) => Err(Report::new(Arc::new(sources), diagnostics)),
+        }
+    }
+
     /// Parses the bytes of a recipe file.
     ///
     /// # Errors
     /// As [`Document::parse`]; bytes that are not UTF-8 are reported with their place.
     pub fn parse_bytes(file_name: &str, bytes: &[u8]) -> Result<Self, Report> {
-        let error = match std::str::from_utf8(bytes) {
-            Ok(text) => return Self::parse(file_name, text),
-            Err(error) => error,
-        };
-        // What precedes the first bad byte is unchanged by the lossy copy, so offsets agree.
-        let text = String::from_utf8_lossy(bytes).into_owned();
-        let start = error.valid_up_to();
-        let span = Span { source: 0, start, end: start + '\u{fffd}'.len_utf8() };
-        let diagnostic = Diagnostic::error("the file is not UTF-8 text")
-            .at(Some(span))
-            .label(format!("byte 0x{:02x} at offset {start}", bytes[start]))
-            .help("save the file as UTF-8");
-        let sources = vec![Source { name: file_name.to_owned(), text }];
-        Err(Report::new(Arc::new(sources), vec![diagnostic]))
+        Self::parse(file_name, text_of(file_name, bytes)?)
+    }
+
+    /// Parses the bytes of a YAML file.
+    ///
+    /// # Errors
+    /// As [`Document::parse_yaml`]; bytes that are not UTF-8 are reported with their place.
+    pub fn parse_yaml_bytes(file_name: &str, bytes: &[u8]) -> Result<Self, Report> {
+        Self::parse_yaml(file_name, text_of(file_name, bytes)?)
     }
 
     /// Lays `assignment`, such as `train.steps=10`, over the recipe.
@@ -134,6 +144,24 @@ impl Document {
         let report = self.report(reader.finish());
         if report.has_errors() { Err(report) } else { Ok((value, report)) }
     }
+}
+
+/// Checks that a file is text.
+fn text_of<'b>(file_name: &str, bytes: &'b [u8]) -> Result<&'b str, Report> {
+    let error = match std::str::from_utf8(bytes) {
+        Ok(text) => return Ok(text),
+        Err(error) => error,
+    };
+    // What precedes the first bad byte is unchanged by the lossy copy, so offsets agree.
+    let text = String::from_utf8_lossy(bytes).into_owned();
+    let start = error.valid_up_to();
+    let span = Span { source: 0, start, end: start + '\u{fffd}'.len_utf8() };
+    let diagnostic = Diagnostic::error("the file is not UTF-8 text")
+        .at(Some(span))
+        .label(format!("byte 0x{:02x} at offset {start}", bytes[start]))
+        .help("save the file as UTF-8");
+    let sources = vec![Source { name: file_name.to_owned(), text }];
+    Err(Report::new(Arc::new(sources), vec![diagnostic]))
 }
 
 fn parse_source(text: &str, source: usize) -> Result<Table, Vec<Diagnostic>> {

@@ -16,6 +16,7 @@ mod report;
 mod suggest;
 mod value;
 mod write;
+mod yaml;
 
 pub use bounds::{Bounds, Edge, NoEdge, above};
 pub use describe::{commented_toml, markdown_table, schema};
@@ -26,6 +27,7 @@ pub use reader::{Place, Reader};
 pub use report::{Diagnostic, Report, Severity, Style};
 /// JSON, as [`schema`] and [`Report::to_json`] return it.
 pub use serde_json::Value as Json;
+pub use suggest::nearest;
 pub use value::{
     Bytes, Choice, ChoiceSpec, OneOrMany, OptionValue, Pattern, Patterns, Portion, read_choice,
     schema_of_choice,

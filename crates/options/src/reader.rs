@@ -131,6 +131,18 @@ impl<'d> Reader<'d> {
         self.place(name).reader(item)
     }
 
+    /// Opens each table of a list, in order; what is no list or no table is noted and left out.
+    pub fn tables(&mut self, name: &str) -> Vec<Reader<'d>> {
+        let Some(item) = self.item(name) else { return Vec::new() };
+        let place = self.place(name);
+        let Value::List(items) = &item.value else {
+            place.mismatch(item, "list of tables");
+            return Vec::new();
+        };
+        let tables = items.iter().enumerate();
+        tables.filter_map(|(i, item)| place.element(i).reader(item)).collect()
+    }
+
     /// Opens the one sub-table of `name` that says which variant is meant: `[method.lora]` gives
     /// `lora` and a reader of its table.
     ///

@@ -3,7 +3,7 @@
 use crate::item::Value;
 
 /// Returns up to three of `names` that `word` may be a slip of, best first.
-pub(crate) fn nearest<'a>(word: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+pub fn nearest<'a>(word: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     let fold = |text: &str| text.to_lowercase().replace('-', "_");
     let folded = fold(word);
     let allowed = (word.chars().count() / 3).max(1);

@@ -147,6 +147,19 @@ impl TensorView<'_> {
         self.dtype.decode(self.bytes).map_err(|index| self.out_of_range(index, "f32"))
     }
 
+    /// Copies bytes of the tensor from `start` on until `out` is full, by a read of the file instead
+    /// of the map (see [`FileBytes::read_at`]).
+    ///
+    /// # Errors
+    /// [`Problem::Io`] beyond the tensor's end or if the system refuses.
+    pub fn read_bytes(&self, start: usize, out: &mut [u8]) -> Result<(), SafetensorsError> {
+        let end = start.checked_add(out.len()).filter(|end| *end <= self.bytes.len());
+        let inside = end.ok_or_else(|| std::io::Error::from(std::io::ErrorKind::UnexpectedEof));
+        inside
+            .and_then(|_| self.file.bytes.read_at(self.start + start, out))
+            .map_err(|e| self.file.error(Problem::Io(e)))
+    }
+
     /// Decodes the numbers from index `start` on as `f32`, until `out` is full, by a read of the
     /// file instead of the map (see [`FileBytes::read_at`]).
     ///
@@ -162,20 +175,12 @@ impl TensorView<'_> {
         scratch: &mut Vec<u8>,
     ) -> Result<(), SafetensorsError> {
         let size = self.dtype.size();
-        let inside = start.checked_add(out.len()).is_some_and(|end| end <= self.len());
-        if !inside {
-            let end = std::io::Error::from(std::io::ErrorKind::UnexpectedEof);
-            return Err(self.file.error(Problem::Io(end)));
-        }
-        let place = self.start + start * size;
-        let read = |bytes: &mut [u8]| {
-            self.file.bytes.read_at(place, bytes).map_err(|e| self.file.error(Problem::Io(e)))
-        };
+        let place = start.saturating_mul(size);
         if self.dtype == Dtype::F32 && cfg!(target_endian = "little") {
-            return read(bytemuck::cast_slice_mut(out));
+            return self.read_bytes(place, bytemuck::cast_slice_mut(out));
         }
         scratch.resize(out.len() * size, 0);
-        read(scratch)?;
+        self.read_bytes(place, scratch)?;
         let decoded = self.dtype.decode_into(scratch, out);
         decoded.map_err(|index| self.out_of_range(start + index, "f32"))
     }
