@@ -6,6 +6,7 @@ mod check;
 mod generated;
 mod hooks;
 mod layers;
+mod new_method;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -17,6 +18,7 @@ usage: cargo xtask COMMAND
                                     --quick leaves out what takes minutes, and tools not installed
   layers                            which crate may depend on which
   gen [--check]                     write generated files, or fail where one is stale
+  new method NAME                   the skeleton of a tuning method and its line in the registry
   hooks                             write .git/hooks/pre-commit (format and layers)
 ";
 
@@ -32,10 +34,9 @@ fn main() -> ExitCode {
             Err(problem) => return wrong_use(&problem),
         },
         ["layers"] => root().and_then(|root| layers::run(&root)),
-        ["gen"] => root().and_then(|root| generated::write(&root, generated::GENERATORS)),
-        ["gen", "--check"] => {
-            root().and_then(|root| generated::check(&root, generated::GENERATORS))
-        }
+        ["gen"] => root().and_then(|root| generated::write(&root)),
+        ["gen", "--check"] => root().and_then(|root| generated::check(&root)),
+        ["new", "method", name] => root().and_then(|root| new_method::run(&root, name)),
         ["hooks"] => root().and_then(|root| hooks::run(&root)),
         ["help" | "--help" | "-h"] => {
             print!("{USAGE}");

@@ -25,6 +25,24 @@ pub(crate) enum Command {
     Run(RecipeArguments),
     /// Shows what a run would do, without doing it.
     Plan(RecipeArguments),
+    /// Carries one recipe out under many methods, with the same steps, and compares them.
+    ///
+    /// Each run has a process of its own; one that fails does not stop the others. Called again, it
+    /// keeps the runs that are finished and goes on with one that was interrupted.
+    Compare {
+        /// The recipe; it may have a table for each method, e.g. `[method.lora]`.
+        #[command(flatten)]
+        recipe: RecipeArguments,
+        /// The methods, with commas between.
+        #[arg(long, value_delimiter = ',', required = true)]
+        methods: Vec<String>,
+        /// Runs of each method: with the recipe's seed, the next one, and so on.
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1000))]
+        seeds: u64,
+        /// What they are compared by; the recipe's own measure where absent.
+        #[arg(long)]
+        metric: Option<String>,
+    },
     /// Goes on with an interrupted run.
     Resume {
         /// The run's folder.
@@ -150,6 +168,12 @@ pub(crate) enum Command {
     },
     /// Prints the man page.
     Man,
+    /// Writes the pages that are made from the program's definitions, for maintainers.
+    #[command(hide = true)]
+    Docs {
+        /// The folder they are written below.
+        folder: PathBuf,
+    },
 }
 
 /// A recipe and what the command line changes in it.

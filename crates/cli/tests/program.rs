@@ -217,13 +217,12 @@ fn t5(folder: &Path) {
 fn an_encoder_decoder_learns_and_answers() {
     let folder = tempfile::tempdir().unwrap();
     t5(folder.path());
-    let rows: String = (0..24)
-        .map(|i| {
-            let (prompt, completion) =
-                [("whale", "animal"), ("harpoon", "object"), ("ship ship", "object")][i % 3];
-            format!("{{\"prompt\": \"{prompt}\", \"completion\": \"{completion}\"}}\n")
-        })
-        .collect();
+    let row = |i: usize| {
+        let (prompt, completion) =
+            [("whale", "animal"), ("harpoon", "object"), ("ship ship", "object")][i % 3];
+        format!("{{\"prompt\": \"{prompt}\", \"completion\": \"{completion}\"}}\n")
+    };
+    let rows: String = (0..24).map(row).collect();
     std::fs::write(folder.path().join("rows.jsonl"), rows).unwrap();
     let recipe = "model = \"t5\"\n[data]\ntrain = \"rows.jsonl\"\ntest = \"rows.jsonl\"\nvalidation_fraction = 0.0\n[method.lora]\nrank = 8\n\
                 [train]\nsteps = 60\nbatch_size = 6\nlearning_rate = 2e-2\n\
@@ -244,4 +243,60 @@ fn an_encoder_decoder_learns_and_answers() {
     );
     assert!(out.status.success(), "{}", text_of(&out));
     assert_eq!(text(&out.stdout).trim(), "animal");
+}
+
+#[test]
+fn methods_are_compared_and_one_that_fails_stops_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    recipe(folder.path(), "");
+    let path = folder.path().join("small.toml");
+    let written = std::fs::read_to_string(&path).unwrap();
+    let broken = "[method.full]\ntargets = [\"no_such_module\"]\n";
+    std::fs::write(&path, written.replace("[train]", &format!("{broken}[train]"))).unwrap();
+    let compare = || {
+        retune(
+            folder.path(),
+            &[
+                "compare",
+                "small.toml",
+                "--methods",
+                "full,lora",
+                "--seeds",
+                "2",
+                "--metric",
+                "loss",
+            ],
+        )
+    };
+    let out = compare();
+    assert!(out.status.success(), "{}{}", text(&out.stdout), text(&out.stderr));
+    let shown = text(&out.stdout);
+    assert!(shown.contains("failed") && shown.contains("lora"), "{shown}");
+    let compared = folder.path().join("runs/small-compare");
+    let report = std::fs::read_to_string(compared.join("report.md")).unwrap();
+    assert!(report.contains("no_such_module") && report.contains("| lora |"), "{report}");
+    let read = || -> serde_json::Value {
+        let text = std::fs::read_to_string(compared.join("report.json")).unwrap();
+        serde_json::from_str(&text).unwrap()
+    };
+    let first = read();
+    assert_eq!(first["rows"][0]["method"], "lora");
+    assert_eq!(first["rows"][0]["num_finished"], 2);
+    assert!(first["rows"][0]["peak_bytes"].as_u64().unwrap() > 1 << 20);
+    assert!(std::fs::read_to_string(compared.join("compare.svg")).unwrap().contains(">lora<"));
+
+    // One run is cut after its checkpoints; called again, it goes on and the other is kept.
+    let cut = compared.join("lora-seed43-1");
+    std::fs::remove_file(cut.join("report.json")).unwrap();
+    let kept = compared.join("lora-seed42-1/report.json");
+    let before = std::fs::metadata(&kept).unwrap().modified().unwrap();
+    let again = compare();
+    assert!(text(&again.stderr).contains("goes on with"), "{}", text(&again.stderr));
+    assert_eq!(std::fs::metadata(&kept).unwrap().modified().unwrap(), before);
+    assert!(!compared.join("lora-seed43-2").exists() && cut.join("report.json").exists());
+    assert_eq!(read()["rows"][0]["mean"], first["rows"][0]["mean"]);
+
+    let wrong = retune(folder.path(), &["compare", "small.toml", "--methods", "lorra"]);
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(text(&wrong.stderr).contains("lora"), "{}", text(&wrong.stderr));
 }

@@ -124,8 +124,8 @@ pub trait Method: Debug + Send {
 
     /// Returns tables of options, as TOML, that between them use every path through the method.
     ///
-    /// Documentation shows them and the conformance suite tries each, on models of 2 layers and
-    /// width 16; by default the method's defaults only.
+    /// The conformance suite tries each, on models of 2 layers and width 16; by default the method's
+    /// defaults only.
     fn examples(&self) -> &'static [&'static str] {
         &[""]
     }

@@ -104,6 +104,21 @@ impl Document {
         }
     }
 
+    /// Leaves one of the tables below `table`, which is made where it is absent: `method.lora` of
+    /// everything below `method`.
+    pub fn choose(&mut self, table: &str, key: &str) {
+        let below = match self.root.get(table).map(|entry| &entry.item.value) {
+            Some(Value::Table(below)) => below.clone(),
+            // What is no table is left for the reader to refuse.
+            Some(_) => return,
+            None => Table::default(),
+        };
+        let chosen = below.get(key).map_or_else(|| Table::default().into(), |e| e.item.clone());
+        let mut only = Table::default();
+        only.insert(key, chosen);
+        self.root.insert(table, only);
+    }
+
     /// Returns the tree.
     pub fn root(&self) -> &Table {
         &self.root

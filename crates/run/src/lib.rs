@@ -6,6 +6,7 @@
 pub mod artefacts;
 mod builtin;
 pub mod card;
+pub mod compare;
 pub mod compress;
 pub mod environment;
 mod error;

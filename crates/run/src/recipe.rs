@@ -193,6 +193,30 @@ options! {
     }
 }
 
+/// Returns the JSON Schema of a recipe, with one table of options per method.
+pub fn schema() -> retune_options::Json {
+    let mut schema = retune_options::schema(RecipeHead::specs());
+    let methods: serde_json::Map<String, retune_options::Json> = registry::METHODS
+        .iter()
+        .map(|plugin| {
+            let mut options = retune_options::schema(&(plugin.card.options)());
+            options["description"] = plugin.card.summary.into();
+            (plugin.card.name.to_owned(), options)
+        })
+        .collect();
+    schema["properties"]["method"] = serde_json::json!({
+        "type": "object",
+        "description": "The tuning method: one table, named after it.",
+        "properties": methods,
+        "additionalProperties": false,
+        "minProperties": 1,
+        "maxProperties": 1,
+    });
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema".into();
+    schema["title"] = "A recipe of retune".into();
+    schema
+}
+
 impl Recipe {
     /// Returns every setting as a dotted name and its value, in the order of the resolved recipe.
     pub fn settings(&self) -> Vec<(String, String)> {
@@ -217,9 +241,25 @@ impl Recipe {
         bytes: &[u8],
         overrides: &[String],
     ) -> Result<(Self, Report), Report> {
+        Self::parse_as(file_name, bytes, overrides, None)
+    }
+
+    /// Reads a recipe as one of `method`, whose table may be absent or stand beside others.
+    ///
+    /// # Errors
+    /// As [`Recipe::parse`].
+    pub fn parse_as(
+        file_name: &str,
+        bytes: &[u8],
+        overrides: &[String],
+        method: Option<&str>,
+    ) -> Result<(Self, Report), Report> {
         let mut document = Document::parse_bytes(file_name, bytes)?;
         for assignment in overrides {
             document.set("command line", assignment)?;
+        }
+        if let Some(method) = method {
+            document.choose("method", method);
         }
         let default_name = Path::new(file_name)
             .file_stem()

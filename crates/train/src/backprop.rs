@@ -197,10 +197,12 @@ fn recomputed(
 /// Returns the lowest layer with a change that trains.
 fn lowest_changed_layer(tuned: &Tuned<'_>) -> usize {
     let spec = tuned.model.spec();
-    let of_weights = tuned
-        .changes
-        .changed_weights()
-        .filter_map(|name| spec.weight(name).and_then(|weight| weight.layer));
+    // A bias that a method adds is no weight of the model; its layer is that of its module.
+    let of_weights = tuned.changes.changed_weights().filter_map(|name| {
+        let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
+        let weight = spec.weight(name).or_else(|| spec.weight(&format!("{module}.weight")))?;
+        weight.layer
+    });
     let of_outputs = tuned.changes.changed_outputs().filter_map(|module| {
         spec.weight(&format!("{module}.weight")).and_then(|weight| weight.layer)
     });

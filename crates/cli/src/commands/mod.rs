@@ -1,8 +1,10 @@
 //! One file per command.
 
 mod chat;
+mod compare;
 pub(crate) mod compress;
 mod describe;
+mod docs;
 mod doctor;
 mod eval;
 mod export;
@@ -23,6 +25,10 @@ pub(crate) fn dispatch(arguments: Arguments) -> Result<(), Failure> {
     match arguments.command {
         Command::Run(recipe) => run::run(&recipe, json),
         Command::Plan(recipe) => run::plan(&recipe, json),
+        Command::Compare { recipe, methods, seeds, metric } => {
+            compare::compare(&recipe, &methods, seeds, metric.as_deref(), json)
+        }
+        Command::Docs { folder } => docs::docs(&folder),
         Command::Resume { run: path } => run::resume(&path, json),
         Command::Eval { recipe, adapter, force } => {
             eval::eval(&recipe, adapter.as_deref(), force, json)

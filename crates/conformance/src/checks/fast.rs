@@ -6,6 +6,7 @@ use retune_core::change::{Mode, Scope, WeightChange};
 use retune_core::kernels::linear;
 use retune_core::parameters::to_vec;
 use retune_core::random::Seed;
+use retune_core::spec::WeightSpec;
 use tensor::{Tensor, TensorData};
 
 use crate::case::{Attached, Case, Failed, close};
@@ -25,7 +26,8 @@ fn run(case: &Case<'_>) -> Result<(), Failed> {
     attached.stir();
     let names: Vec<String> = attached.changes.changed_weights().map(str::to_owned).collect();
     for name in names {
-        if !attached.weights.describe(&name)?.is_linear() {
+        // A bias that a method adds is no weight of the model.
+        if !case.subject.spec().weight(&name).is_some_and(WeightSpec::is_linear) {
             continue;
         }
         for change in attached.changes.of_weight(&name) {

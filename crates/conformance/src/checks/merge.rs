@@ -27,7 +27,10 @@ fn run(case: &Case<'_>) -> Result<(), Failed> {
     if tuned == before {
         return Err(Failed("moving everything that trains does not change the output".to_owned()));
     }
-    if attached.changes.unmergeable().is_none() {
+    let spec = case.subject.spec();
+    let mergeable = attached.changes.unmergeable().is_none()
+        && attached.changes.changed_weights().all(|name| spec.weight(name).is_some());
+    if mergeable {
         let merged = merged(case, &attached)?;
         close("merged output", &case.base_outputs(&merged, &batch)?, &tuned, 1e-4)?;
     }

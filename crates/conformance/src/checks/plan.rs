@@ -42,7 +42,10 @@ fn run(case: &Case<'_>) -> Result<(), Failed> {
         return Err(Failed("nothing trains".to_owned()));
     }
     for name in attached.changes.changed_weights() {
-        if spec.weight(name).is_none() {
+        // A layer may be given the bias it has not.
+        let beside = name.strip_suffix(".bias").map(|module| format!("{module}.weight"));
+        let known = spec.weight(name).or(beside.and_then(|weight| spec.weight(&weight)));
+        if known.is_none() {
             return Err(Failed(format!("a change is attached to `{name}`, which is no weight")));
         }
     }

@@ -4,4 +4,5 @@
 
 pub mod plot;
 pub mod report;
+pub mod scatter;
 pub mod tensorboard;

@@ -37,16 +37,16 @@ pub struct Series {
     pub smooth: bool,
 }
 
-const WIDTH: f64 = 760.0;
-const HEIGHT: f64 = 388.0;
+pub(super) const WIDTH: f64 = 760.0;
+pub(super) const HEIGHT: f64 = 388.0;
 /// Height of one row of the legend.
 const ROW: f64 = 18.0;
-const LEFT: f64 = 64.0;
-const RIGHT: f64 = 736.0;
-const TOP: f64 = 84.0;
-const BOTTOM: f64 = 340.0;
+pub(super) const LEFT: f64 = 64.0;
+pub(super) const RIGHT: f64 = 736.0;
+pub(super) const TOP: f64 = 84.0;
+pub(super) const BOTTOM: f64 = 340.0;
 /// Average width of a character of the 12-pixel sans-serif text, a little generously.
-const CHAR: f64 = 6.7;
+pub(super) const CHAR: f64 = 6.7;
 
 /// Beyond these, spans and steps would no longer be finite numbers above 0.
 const HUGE: f64 = 1e300;
@@ -58,7 +58,7 @@ const MIN_SMOOTHED: usize = 40;
 const MAX_DOTS: usize = 40;
 
 /// Plain colours, repeated for dark pages: many viewers know no CSS variables.
-const STYLE: &str = "\
+pub(super) const STYLE: &str = "\
 svg{font:12px system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif}\
 .title{font-size:15px;font-weight:600}\
 .line{fill:none;stroke:currentColor;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}\
@@ -141,7 +141,7 @@ fn write_legend(out: &mut String, plot: &Plot, drawn: &[Drawn]) -> usize {
     num_rows
 }
 
-fn axes(out: &mut String, x_axis: &Axis, y_axis: &Axis) {
+pub(super) fn axes(out: &mut String, x_axis: &Axis, y_axis: &Axis) {
     for (at, label) in y_axis.ticks() {
         let _ = writeln!(out, "<path class=\"grid\" d=\"M{LEFT} {at:.1}H{RIGHT}\"/>");
         text(out, "soft", LEFT - 8.0, at + 4.0, "end", &label);
@@ -227,7 +227,7 @@ impl Drawn {
 }
 
 /// An axis: which values it spans and where they go.
-struct Axis {
+pub(super) struct Axis {
     low: f64,
     high: f64,
     from: f64,
@@ -237,7 +237,11 @@ struct Axis {
 }
 
 impl Axis {
-    fn linear((mut low, mut high): (f64, f64), (from, to): (f64, f64), widen: bool) -> Self {
+    pub(super) fn linear(
+        (mut low, mut high): (f64, f64),
+        (from, to): (f64, f64),
+        widen: bool,
+    ) -> Self {
         if high - low < TINY {
             let room = if low.abs() < TINY { 1.0 } else { low.abs() * 0.1 };
             (low, high) = (low - room, high + room);
@@ -250,7 +254,7 @@ impl Axis {
     }
 
     /// Spans whole powers of ten.
-    fn log((low, high): (f64, f64), (from, to): (f64, f64)) -> Self {
+    pub(super) fn log((low, high): (f64, f64), (from, to): (f64, f64)) -> Self {
         // Nothing drawable gives the extent of an empty set, which starts at 0.
         let (low, high) = if low > 0.0 { (low, high) } else { (0.1, 1.0) };
         let (mut low, mut high) = (low.log10().floor(), high.log10().ceil());
@@ -261,7 +265,7 @@ impl Axis {
         Self { low, high, from, to, step, scale: Scale::Log }
     }
 
-    fn place(&self, value: f64) -> f64 {
+    pub(super) fn place(&self, value: f64) -> f64 {
         self.at(if self.scale == Scale::Log { value.log10() } else { value })
     }
 
@@ -325,7 +329,7 @@ fn power_label(power: i32) -> String {
 }
 
 /// Writes a value with four significant digits.
-fn short(value: f64) -> String {
+pub(super) fn short(value: f64) -> String {
     if value == 0.0 || !value.is_finite() {
         return value.to_string();
     }
@@ -342,7 +346,7 @@ fn drawable(value: f64) -> bool {
 }
 
 /// Returns the smallest and the largest drawable value; `(0, 1)` when there is none.
-fn extent(values: impl Iterator<Item = f64>) -> (f64, f64) {
+pub(super) fn extent(values: impl Iterator<Item = f64>) -> (f64, f64) {
     let start = (f64::INFINITY, f64::NEG_INFINITY);
     let (low, high) = values
         .filter(|value| drawable(*value))
@@ -387,11 +391,11 @@ fn thin(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     out
 }
 
-fn colour(index: usize) -> String {
+pub(super) fn colour(index: usize) -> String {
     format!("c{}", index % 8)
 }
 
-fn text(out: &mut String, class: &str, x: f64, y: f64, anchor: &str, text: &str) {
+pub(super) fn text(out: &mut String, class: &str, x: f64, y: f64, anchor: &str, text: &str) {
     let text = escape(text);
     let _ = writeln!(
         out,
@@ -400,7 +404,7 @@ fn text(out: &mut String, class: &str, x: f64, y: f64, anchor: &str, text: &str)
 }
 
 /// Escapes text for XML; characters XML has no form for are left out.
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {

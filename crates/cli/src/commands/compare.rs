@@ -1,0 +1,172 @@
+//! `compare`: one recipe under many methods and seeds.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use retune_core::names::nearest_list;
+use retune_methods::registry;
+use retune_run::artefacts::scatter::svg;
+use retune_run::compare::{Arm, ArmResult, Comparison, Standing, arm_recipe, standing};
+use retune_run::recipe::Recipe;
+use serde_json::Value;
+
+use crate::args::RecipeArguments;
+use crate::failure::Failure;
+use crate::table::table;
+
+/// Carries out every run that is not finished yet, each in a process of its own, and reports.
+pub(crate) fn compare(
+    arguments: &RecipeArguments,
+    methods: &[String],
+    seeds: u64,
+    metric: Option<&str>,
+    json: bool,
+) -> Result<(), Failure> {
+    for method in methods {
+        if registry::find(method).is_none() {
+            return Err(Failure::Usage(format!(
+                "there is no method `{method}`\n  nearest names: {}\n  help: `retune methods` lists all",
+                nearest_list(method, registry::names())
+            )));
+        }
+    }
+    let path = std::path::absolute(&arguments.recipe).unwrap_or(arguments.recipe.clone());
+    let name = path.display().to_string();
+    let bytes = std::fs::read(&path).map_err(|error| {
+        Failure::Usage(format!(
+            "{name}: the recipe cannot be read: {error}\n  help: `retune new {name}` writes one"
+        ))
+    })?;
+    let first = methods.first().map(String::as_str);
+    let (recipe, _) =
+        Recipe::parse_as(&name, &bytes, &arguments.set, first).map_err(Failure::Recipe)?;
+    let folder = recipe.runs.join(format!("{}-compare", recipe.name));
+    let folder = std::path::absolute(&folder).unwrap_or(folder);
+    let arms = methods.iter().flat_map(|method| {
+        (0..seeds).map(|add| Arm { method: method.clone(), seed: recipe.seed.wrapping_add(add) })
+    });
+    // Every recipe is checked before the first run begins.
+    let arms = arms
+        .map(|arm| {
+            let text = arm_recipe(&name, &bytes, &arguments.set, &arm, &folder)
+                .map_err(Failure::Recipe)?;
+            Ok((arm, text))
+        })
+        .collect::<Result<Vec<_>, Failure>>()?;
+    let recipes = folder.join("recipes");
+    std::fs::create_dir_all(&recipes).map_err(|error| {
+        Failure::Failed(format!("{}: the folder cannot be made: {error}", recipes.display()))
+    })?;
+    let mut results = Vec::new();
+    for (place, (arm, text)) in arms.iter().enumerate() {
+        let what = format!("[{}/{}] {} with seed {}", place + 1, arms.len(), arm.method, arm.seed);
+        let result = match carry_out(&folder, arm, text, &what, json) {
+            Ok(result) => result,
+            Err(error) => ArmResult::failed(arm.clone(), error),
+        };
+        if !json {
+            match &result.error {
+                Some(error) => eprintln!("{what}: failed: {}", error.lines().next().unwrap_or("")),
+                None => eprintln!("{what}: {}", shown(&result)),
+            }
+        }
+        results.push(result);
+        // Written after every run: what is done stays visible if the rest never comes.
+        write(&folder, &Comparison::of(&recipe.name, None, results.clone())?)?;
+    }
+    let found = Comparison::of(&recipe.name, metric, results)?;
+    write(&folder, &found)?;
+    show(&folder, &found, json);
+    if found.rows.iter().all(|row| row.num_finished == 0) {
+        return Err(Failure::Failed("every run failed; see report.md for each error".to_owned()));
+    }
+    Ok(())
+}
+
+/// Keeps, continues or makes one run.
+fn carry_out(
+    folder: &Path,
+    arm: &Arm,
+    text: &str,
+    what: &str,
+    quiet: bool,
+) -> Result<ArmResult, String> {
+    let plain = |error: retune_run::Error| error.to_string();
+    let found = standing(folder, arm, text).map_err(plain)?;
+    let recipe = folder.join("recipes").join(format!("{}.toml", arm.name()));
+    let run = |arguments: &[&Path]| -> Result<(), String> {
+        let program = std::env::current_exe().map_err(|error| error.to_string())?;
+        let mut command = Command::new(program);
+        command.arg("--json").args(arguments).stdin(Stdio::null()).stderr(Stdio::piped());
+        let output = command.output().map_err(|error| error.to_string())?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let said = serde_json::from_slice::<Value>(&output.stdout).ok();
+        let message = said.and_then(|said| Some(said.get("message")?.as_str()?.to_owned()));
+        Err(message.unwrap_or_else(|| {
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            let tail: Vec<&str> = stderr.lines().rev().take(10).collect();
+            let tail: Vec<&str> = tail.into_iter().rev().collect();
+            format!("the run ended with {}\n{}", output.status, tail.join("\n"))
+        }))
+    };
+    match found {
+        Standing::Finished(done) => return ArmResult::read(arm.clone(), &done).map_err(plain),
+        Standing::Cut(cut) => {
+            if !quiet {
+                eprintln!("{what}: goes on with {}", cut.display());
+            }
+            run(&[Path::new("resume"), &cut])?;
+        }
+        Standing::Absent => {
+            std::fs::write(&recipe, text)
+                .map_err(|error| format!("{}: cannot be written: {error}", recipe.display()))?;
+            run(&[Path::new("run"), &recipe])?;
+        }
+    }
+    match standing(folder, arm, text).map_err(plain)? {
+        Standing::Finished(done) => ArmResult::read(arm.clone(), &done).map_err(plain),
+        other => Err(format!("the run ended without a report: {other:?}")),
+    }
+}
+
+fn shown(result: &ArmResult) -> String {
+    let metrics: Vec<String> =
+        result.metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
+    format!("{} in {:.1} s", metrics.join(", "), result.train_s)
+}
+
+fn write(folder: &Path, found: &Comparison) -> Result<(), Failure> {
+    let json = serde_json::to_string_pretty(found)
+        .map_err(|error| Failure::Failed(format!("the report cannot be written: {error}")))?;
+    for (name, text) in [
+        ("report.json", json),
+        ("report.md", found.to_markdown()),
+        ("compare.svg", svg(&found.chart())),
+    ] {
+        retune_files::atomic::write_file(&folder.join(name), text.as_bytes())?;
+    }
+    Ok(())
+}
+
+fn show(folder: &Path, found: &Comparison, json: bool) {
+    if json {
+        let value = serde_json::json!({
+            "folder": folder,
+            "report": serde_json::to_value(found).unwrap_or_default(),
+        });
+        println!("{value}");
+        return;
+    }
+    let mut rows =
+        table(&["method", &found.metric, "seeds", "values that train", "training", "peak memory"]);
+    for row in &found.rows {
+        rows.add_row(row.cells());
+    }
+    println!("{rows}");
+    if let Some(base) = found.base {
+        println!("the base, untuned: {base:.4}");
+    }
+    println!("written: {}", folder.display());
+}
