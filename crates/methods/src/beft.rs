@@ -35,6 +35,7 @@ impl WeightMethod for BeftOptions {
         written: &[("init_weights", "true")],
         among: Among::Linears,
         targets: &[],
+        examples: &[""],
     };
 
     fn default_targets(&self, spec: &ModelSpec) -> Vec<String> {

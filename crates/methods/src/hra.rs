@@ -50,6 +50,7 @@ impl WeightMethod for HraOptions {
         ],
         among: Among::Linears,
         targets: &["all-linear"],
+        examples: &["rank = 4", "rank = 4\northogonal = true", "rank = 3"],
     };
 
     fn layout(&self, target: &Target, _context: &Context<'_>) -> Result<Vec<Slot>> {
