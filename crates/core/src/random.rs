@@ -156,7 +156,9 @@ mod tests {
         for _ in 0..10_000 {
             let chosen = random.choose(5, 2);
             assert_ne!(chosen[0], chosen[1]);
-            chosen.iter().for_each(|index| counts[*index] += 1);
+            for index in chosen {
+                counts[index] += 1;
+            }
         }
         assert!(counts.iter().all(|count| (3_800..4_200).contains(count)), "{counts:?}");
         assert!(random.choose(3, 0).is_empty());
