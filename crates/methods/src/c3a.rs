@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use retune_core::Result;
-use retune_core::method::Card;
+use retune_core::method::{Card, Promises};
 use retune_core::random::Random;
 use retune_core::targets::Among;
 use retune_core::weights::Weights;
@@ -95,6 +95,10 @@ impl WeightMethod for C3aOptions {
             self.init = Init::Zeros;
         }
         Ok(())
+    }
+
+    fn promises(&self) -> Promises {
+        Promises { starts_at_base: self.init == Init::Zeros, ..Promises::default() }
     }
 }
 

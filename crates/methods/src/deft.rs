@@ -1,7 +1,7 @@
 //! DEFT: a subspace of each chosen weight is removed and another injected.
 
 use retune_core::Result;
-use retune_core::method::Card;
+use retune_core::method::{Card, Promises};
 use retune_core::parameters::to_vec;
 use retune_core::random::Random;
 use retune_core::targets::Among;
@@ -112,6 +112,12 @@ impl WeightMethod for DeftOptions {
         let (_, right) = deft.project(tensor(p.clone(), [rows, rank]));
         let removed = right.transpose().matmul(base).div_scalar(scale);
         Ok(Built::new(deft).computed(vec![Values::Floats(p), Values::Floats(to_vec(removed))]))
+    }
+
+    fn promises(&self) -> Promises {
+        // The kink of relu lies where entries of P begin, near zero.
+        let is_smooth = self.decomposition == Decomposition::Qr;
+        Promises { starts_at_base: !self.para, exact_gradients: is_smooth, ..Promises::default() }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use retune_core::Result;
-use retune_core::method::Card;
+use retune_core::method::{Card, Promises};
 use retune_core::random::Random;
 use retune_core::targets::Among;
 use retune_core::weights::Weights;
@@ -63,8 +63,8 @@ impl WeightMethod for FourierftOptions {
         among: Among::Linears,
         targets: &["all-linear"],
         examples: &[
-            "n_frequency = 20\nscaling = 150.0",
-            "n_frequency = 100\nseed = 1\nn_frequency_pattern = { \"v_proj\" = 3 }",
+            "n_frequency = 20\nscaling = 5.0",
+            "n_frequency = 100\nscaling = 2.0\nseed = 1\nn_frequency_pattern = { \"v_proj\" = 3 }",
         ],
     };
 
@@ -90,6 +90,10 @@ impl WeightMethod for FourierftOptions {
         let places = places.into_iter().map(|place| place as i32).collect();
         let fourier = Fourierft { shape: target.shape(), scaling: self.scaling };
         Ok(Built::added(fourier).computed(vec![Values::Integers(places)]))
+    }
+
+    fn promises(&self) -> Promises {
+        Promises { starts_at_base: false, ..Promises::default() }
     }
 }
 

@@ -1,7 +1,7 @@
 //! PEANuT: a small network over each chosen weight computes its change.
 
 use retune_core::Result;
-use retune_core::method::Card;
+use retune_core::method::{Card, Promises};
 use retune_core::random::Random;
 use retune_core::targets::Among;
 use retune_core::weights::Weights;
@@ -94,6 +94,12 @@ impl WeightMethod for PeanutOptions {
     ) -> Result<Built> {
         let activation = self.activation;
         Ok(Built::new(Peanut { depth: self.depth, activation, scaling: self.scaling }))
+    }
+
+    fn promises(&self) -> Promises {
+        // The kink of relu lies among the weights, which are spread around zero.
+        let is_smooth = self.activation != Activation::Relu;
+        Promises { exact_gradients: is_smooth, ..Promises::default() }
     }
 }
 

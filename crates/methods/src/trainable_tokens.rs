@@ -41,7 +41,7 @@ impl WeightMethod for TrainableTokensOptions {
         written: &[("init_weights", "true")],
         among: Among::LinearsAndEmbeddings,
         targets: &[],
-        examples: &["token_indices = [1, 4]"],
+        examples: &["token_indices = [1, 4, 5, 6, 7, 8, 9, 10, 11, 12]"],
     };
 
     fn layout(&self, target: &Target, _context: &Context<'_>) -> Result<Vec<Slot>> {

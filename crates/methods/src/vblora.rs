@@ -1,7 +1,7 @@
 //! VB-LoRA: low-rank factors composed of the vectors of one shared bank.
 
 use retune_core::Result;
-use retune_core::method::Card;
+use retune_core::method::{Card, Promises};
 use retune_core::parameters::to_vec;
 use retune_core::random::Random;
 use retune_core::targets::Among;
@@ -136,6 +136,11 @@ impl WeightMethod for VbloraOptions {
     fn finish_config(&self, config: &mut Map<String, Value>, _targets: &[Target]) {
         // A new adapter is written with its logits, from which training can go on.
         config.insert("save_only_topk_weights".to_owned(), json!(false));
+    }
+
+    fn promises(&self) -> Promises {
+        // Which vectors are mixed jumps with the logits.
+        Promises { starts_at_base: false, exact_gradients: false, ..Promises::default() }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use retune_core::change::{Scope, WeightChange};
+use retune_core::change::{Scope, SiteView, StateChange, WeightChange};
 use retune_core::kernels::matrix::PackedMatrix;
 use retune_core::kernels::{linear, linear_frozen, linear_low_rank};
 use retune_core::parameters::ParameterId;
@@ -191,7 +191,8 @@ impl<A: Addition> Formula for Added<A> {
 pub struct Built {
     /// The change of the weight.
     pub weight: Option<Box<dyn Formula>>,
-    /// The change of the module's bias, `[rows, 1]`; a layer without one starts from zeros.
+    /// The change of the module's bias, `[rows, 1]`; that of a layer without one, which starts from
+    /// zeros, is a change of its output and cannot be merged.
     pub bias: Option<Box<dyn Formula>>,
     /// Values of the slots that are computed, in their order.
     pub computed: Vec<Values>,
@@ -253,5 +254,23 @@ impl WeightChange for Attached {
 
     fn follows_tie(&self) -> bool {
         self.formula.follows_tie()
+    }
+}
+
+/// A bias of a layer that has none.
+#[derive(Debug)]
+pub(super) struct NewBias {
+    pub(super) held: Held,
+    pub(super) formula: Box<dyn Formula>,
+}
+
+impl StateChange for NewBias {
+    fn parameters(&self) -> Vec<ParameterId> {
+        [self.held.own.as_slice(), &self.held.shared].concat()
+    }
+
+    fn apply(&self, x: Tensor<2>, _at: &SiteView<'_>, scope: &mut Scope<'_>) -> Tensor<2> {
+        let none = Tensor::zeros([x.dims()[1], 1], scope.parameters().device());
+        x + self.formula.weight(none, &self.held.view(scope)).transpose()
     }
 }

@@ -11,7 +11,7 @@ mod tuner;
 use std::fmt::Debug;
 
 use retune_core::Result;
-use retune_core::method::Card;
+use retune_core::method::{Card, Promises};
 use retune_core::random::Random;
 use retune_core::spec::{Kind, ModelSpec, Role};
 use retune_core::targets::Among;
@@ -152,6 +152,11 @@ pub trait WeightMethod: Options + Debug + Send + Sync + 'static {
     /// Returns whether an adapter's file holds what could also be made again.
     fn is_complete(config: &Value) -> bool {
         config.get(peft_config::COMPLETE).and_then(Value::as_bool).unwrap_or(false)
+    }
+
+    /// Returns what the method promises with these options.
+    fn promises(&self) -> Promises {
+        Promises::default()
     }
 
     /// Edits the configuration a new adapter is written with.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use retune_core::Result;
 use retune_core::change::Changes;
-use retune_core::method::{Card, Method, MethodPlan};
+use retune_core::method::{Card, Method, MethodPlan, Promises};
 use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
 use retune_core::spec::{ModelSpec, WeightSpec};
@@ -13,7 +13,7 @@ use retune_core::weights::Weights;
 use retune_options::{OptionSpec, Options, Reader, Table};
 use serde_json::Value;
 
-use super::formula::Attached;
+use super::formula::{Attached, NewBias};
 use super::{Context, Held, Places, Target, WeightMethod};
 use crate::adapter::PREFIX;
 use crate::peft_config;
@@ -138,6 +138,14 @@ impl<M: WeightMethod> Method for Tuner<M> {
         Card { options: specs::<M>, ..M::FACTS.card }
     }
 
+    fn promises(&self) -> Promises {
+        self.options.promises()
+    }
+
+    fn examples(&self) -> &'static [&'static str] {
+        M::FACTS.examples
+    }
+
     fn plan(&self, spec: &ModelSpec) -> Result<MethodPlan> {
         let targets = self.targets(spec)?;
         let context = self.context(&targets);
@@ -185,11 +193,14 @@ impl<M: WeightMethod> Method for Tuner<M> {
                 .map(|slot| slot.add(parameters, &prefix, &mut random, &mut computed))
                 .collect();
             let held = Held { own, shared: shared.clone() };
-            for (name, formula) in
-                [(target.name.clone(), built.weight), (target.bias(), built.bias)]
-            {
-                if let Some(formula) = formula {
-                    changes.change_weight(name, Attached { held: held.clone(), formula });
+            if let Some(formula) = built.weight {
+                changes.change_weight(&target.name, Attached { held: held.clone(), formula });
+            }
+            if let Some(formula) = built.bias {
+                if target.has_bias {
+                    changes.change_weight(target.bias(), Attached { held, formula });
+                } else {
+                    changes.change_output(&target.module, NewBias { held, formula });
                 }
             }
         }
