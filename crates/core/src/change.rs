@@ -86,6 +86,18 @@ impl<'a> Scope<'a> {
         Some(Tensor::from_data(TensorData::new(values, shape), self.parameters.device()))
     }
 
+    /// Draws from the standard normal distribution; zeros in a pass that does not learn.
+    ///
+    /// Counted as [`Scope::dropout`] counts its draws.
+    pub fn noise<const D: usize>(&mut self, shape: [usize; D]) -> Tensor<D> {
+        let mut values = vec![0.0; shape.iter().product()];
+        if let Mode::Train { seed, pass } = self.mode {
+            self.draws += 1;
+            seed.stream("noise", &[pass, self.draws]).fill_normal(&mut values, 1.0);
+        }
+        Tensor::from_data(TensorData::new(values, shape), self.parameters.device())
+    }
+
     /// Zeroes each entry with probability `rate` and scales the rest by `1 / (1 - rate)`.
     ///
     /// Draws are counted per pass, so the same recipe gives the same masks on any machine.

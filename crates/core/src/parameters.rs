@@ -29,16 +29,41 @@ pub struct Parameter {
     pub rate_factor: f64,
     /// Whether weight decay applies.
     pub decays: bool,
+    /// Whether an adapter's file holds it; what is not there can be made again from a seed.
+    pub saved: bool,
     value: Value,
 }
 
-#[expect(clippy::large_enum_variant, reason = "there are a few hundred, and most are floats")]
 #[derive(Debug)]
 enum Value {
     /// Flat values; a leaf of the autodiff graph where it trains.
     Floats(Tensor<1>),
-    /// Places and counts, which `f32` could not hold above 2²⁴, and their type in a file.
-    Integers(Vec<i32>, Dtype),
+    /// Places and counts, which `f32` could not hold above 2²⁴.
+    Integers(Integers),
+}
+
+/// Whole numbers that do not train, such as the places of a sparse change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Integers {
+    /// The numbers, in row-major order.
+    pub values: Vec<i32>,
+    /// How a file holds them: `U8`, `I16`, `I32` or `I64`.
+    pub dtype: Dtype,
+    /// What the numbers have to stay below: one bound for all, or one per entry of the first axis.
+    pub limits: Vec<i32>,
+}
+
+impl Integers {
+    /// Returns the first number that is negative or not below its limit.
+    fn beyond(&self, values: &[i64]) -> Option<i64> {
+        let run = values.len().div_ceil(self.limits.len().max(1)).max(1);
+        let limits = |place: usize| self.limits.get(place / run).copied().unwrap_or(i32::MAX);
+        let numbers = values.iter().enumerate();
+        numbers
+            .map(|(place, v)| (*v, limits(place)))
+            .find(|(v, l)| *v < 0 || v >= &i64::from(*l))
+            .map(|(v, _)| v)
+    }
 }
 
 impl Parameter {
@@ -51,14 +76,14 @@ impl Parameter {
     pub fn dtype(&self) -> Dtype {
         match self.value {
             Value::Floats(_) => Dtype::F32,
-            Value::Integers(_, dtype) => dtype,
+            Value::Integers(Integers { dtype, .. }) => dtype,
         }
     }
 
     fn floats(&self) -> &Tensor<1> {
         match &self.value {
             Value::Floats(value) => value,
-            Value::Integers(..) => unreachable!("{} holds whole numbers", self.name),
+            Value::Integers(_) => unreachable!("{} holds whole numbers", self.name),
         }
     }
 }
@@ -107,18 +132,16 @@ impl Parameters {
 
     /// Adds a buffer of whole numbers, such as the places of a sparse change.
     ///
-    /// `dtype` is how a file holds them: `U8`, `I32` or `I64`.
-    ///
     /// # Panics
     /// As [`Parameters::add`].
     pub fn add_integers(
         &mut self,
         name: impl Into<String>,
         shape: &[usize],
-        values: Vec<i32>,
-        dtype: Dtype,
+        integers: Integers,
     ) -> ParameterId {
-        self.insert(name.into(), shape, values.len(), Value::Integers(values, dtype), false)
+        let count = integers.values.len();
+        self.insert(name.into(), shape, count, Value::Integers(integers), false)
     }
 
     fn push(
@@ -149,6 +172,7 @@ impl Parameters {
             trains,
             rate_factor: 1.0,
             decays: true,
+            saved: true,
             value,
         });
         ParameterId(self.list.len() - 1)
@@ -214,7 +238,9 @@ impl Parameters {
     pub fn values(&self, id: ParameterId) -> Vec<f32> {
         match &self.list[id.0].value {
             Value::Floats(value) => to_vec(value.clone().inner()),
-            Value::Integers(values, _) => values.iter().map(|value| *value as f32).collect(),
+            Value::Integers(integers) => {
+                integers.values.iter().map(|value| *value as f32).collect()
+            }
         }
     }
 
@@ -222,7 +248,7 @@ impl Parameters {
     pub fn integers(&self, id: ParameterId) -> &[i32] {
         match &self.list[id.0].value {
             Value::Floats(_) => &[],
-            Value::Integers(values, _) => values,
+            Value::Integers(integers) => &integers.values,
         }
     }
 
@@ -234,7 +260,9 @@ impl Parameters {
         let name = &self.list[id.0].name;
         match &self.list[id.0].value {
             Value::Floats(_) => writer.write_f32(name, &self.values(id))?,
-            Value::Integers(values, dtype) => writer.write(name, &integer_bytes(values, *dtype))?,
+            Value::Integers(Integers { values, dtype, .. }) => {
+                writer.write(name, &integer_bytes(values, *dtype))?;
+            }
         }
         Ok(())
     }
@@ -246,7 +274,7 @@ impl Parameters {
     pub fn read(&mut self, id: ParameterId, tensor: &TensorView<'_>) -> Result<()> {
         match self.list[id.0].value {
             Value::Floats(_) => self.set(id, tensor.to_f32()?),
-            Value::Integers(..) => self.set_integers(id, &tensor.to_i64()?),
+            Value::Integers(_) => self.set_integers(id, &tensor.to_i64()?),
         }
     }
 
@@ -272,26 +300,29 @@ impl Parameters {
     /// Replaces the values of a buffer of whole numbers.
     ///
     /// # Errors
-    /// [`Error::Shape`] if there are too few or too many, or one needs more than 32 bits.
+    /// [`Error::Shape`] if there are too few or too many, or one is beyond its limit.
     pub fn set_integers(&mut self, id: ParameterId, values: &[i64]) -> Result<()> {
         let parameter = &mut self.list[id.0];
-        let narrow: Option<Vec<i32>> = values.iter().map(|v| i32::try_from(*v).ok()).collect();
-        let dtype = parameter.dtype();
-        match narrow {
-            Some(narrow) if narrow.len() == parameter.count() && dtype != Dtype::F32 => {
-                parameter.value = Value::Integers(narrow, dtype);
+        let wrong = |help: String| Error::Shape {
+            name: parameter.name.clone(),
+            expected: parameter.shape.clone(),
+            found: vec![values.len()],
+            help,
+        };
+        let count = parameter.count();
+        match &mut parameter.value {
+            Value::Integers(integers) if values.len() == count => {
+                if let Some(beyond) = integers.beyond(values) {
+                    return Err(wrong(format!(
+                        "it holds {beyond}, expected numbers from 0 and below {:?}: the file is \
+                         damaged, or of another model",
+                        integers.limits
+                    )));
+                }
+                integers.values = values.iter().map(|value| *value as i32).collect();
                 Ok(())
             }
-            narrow => Err(Error::Shape {
-                name: parameter.name.clone(),
-                expected: parameter.shape.clone(),
-                found: vec![values.len()],
-                help: if narrow.is_none() {
-                    "a place is beyond 32 bits: the file is damaged".to_owned()
-                } else {
-                    "the file belongs to another method or model".to_owned()
-                },
-            }),
+            _ => Err(wrong("the file belongs to another method or model".to_owned())),
         }
     }
 
@@ -300,7 +331,7 @@ impl Parameters {
     /// Whole numbers do not change.
     pub fn update(&mut self, id: ParameterId, change: impl FnOnce(&mut [f32])) {
         let trains = self.list[id.0].trains;
-        let hole = Value::Integers(Vec::new(), Dtype::I32);
+        let hole = Value::Floats(self.leaf(vec![0.0], false));
         let value = std::mem::replace(&mut self.list[id.0].value, hole);
         let Value::Floats(value) = value else {
             self.list[id.0].value = value;
@@ -321,6 +352,7 @@ impl Parameters {
 pub fn integer_bytes(values: &[i32], dtype: Dtype) -> Vec<u8> {
     match dtype {
         Dtype::U8 => values.iter().map(|v| *v as u8).collect(),
+        Dtype::I16 => values.iter().flat_map(|v| (*v as i16).to_le_bytes()).collect(),
         Dtype::I64 => values.iter().flat_map(|v| i64::from(*v).to_le_bytes()).collect(),
         _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
     }
@@ -369,16 +401,19 @@ mod tests {
     #[test]
     fn whole_numbers_keep_every_bit() {
         let mut parameters = list();
-        let id = parameters.add_integers("places", &[2], vec![16_777_217, -1], Dtype::I64);
-        assert_eq!(
-            integer_bytes(parameters.integers(id), Dtype::I64)[..8],
-            16_777_217_i64.to_le_bytes()
-        );
+        let integers =
+            Integers { values: vec![16_777_217, 1], dtype: Dtype::I64, limits: vec![1 << 25, 10] };
+        let id = parameters.add_integers("places", &[2], integers);
+        let bytes = integer_bytes(parameters.integers(id), Dtype::I64);
+        assert_eq!(bytes[..8], 16_777_217_i64.to_le_bytes());
         assert_eq!(parameters.get(id).dtype(), Dtype::I64);
         parameters.update(id, |_| unreachable!("no floats"));
-        parameters.set_integers(id, &[5, 6]).unwrap();
-        assert_eq!(parameters.integers(id), [5, 6]);
-        assert!(parameters.set_integers(id, &[1 << 40, 0]).is_err());
+        parameters.set_integers(id, &[50, 9]).unwrap();
+        assert_eq!(parameters.integers(id), [50, 9]);
+        // Each entry of the first axis has its own limit.
+        for wrong in [[50, 10], [1 << 25, 0], [-1, 0], [1 << 40, 0]] {
+            assert!(parameters.set_integers(id, &wrong).is_err(), "{wrong:?}");
+        }
         assert!(parameters.set_integers(id, &[1]).is_err());
         assert!(parameters.set(id, vec![0.0, 0.0]).is_err());
         assert_eq!(parameters.num_trainable(), 4);

@@ -171,18 +171,11 @@ impl<'a> Pass<'a> {
         Ok(matrix.reshape([count]))
     }
 
-    /// Returns `module`'s bias with its changes, if the model has one or a method adds one.
+    /// Returns `module`'s bias with its changes, if the model has one.
     fn bias(&mut self, module: &str) -> Result<Option<Tensor<1>>> {
         let name = format!("{module}.bias");
         if self.weights.spec().weight(&name).is_none() {
-            let changes = self.changes.of_weight(&name);
-            if changes.is_empty() {
-                return Ok(None);
-            }
-            let [rows, _] = self.weights.describe(&format!("{module}.weight"))?.matrix();
-            let none = Tensor::zeros([rows, 1], self.weights.device());
-            let bias = changes.iter().fold(none, |b, change| change.materialize(b, &self.scope));
-            return Ok(Some(bias.reshape([rows])));
+            return Ok(None);
         }
         self.vector(&name).map(Some)
     }

@@ -92,6 +92,24 @@ impl Random {
         }
     }
 
+    /// Draws `count` different indices below `bound`, in random order (Floyd's sample, shuffled).
+    ///
+    /// # Panics
+    /// If `count` is above `bound`, which is a mistake of the caller.
+    pub fn choose(&mut self, bound: usize, count: usize) -> Vec<usize> {
+        assert!(count <= bound, "cannot choose {count} of {bound}");
+        let mut chosen = std::collections::BTreeSet::new();
+        for top in bound - count..bound {
+            let index = self.below(top + 1);
+            if !chosen.insert(index) {
+                chosen.insert(top);
+            }
+        }
+        let mut order: Vec<usize> = chosen.into_iter().collect();
+        self.shuffle(&mut order);
+        order
+    }
+
     /// Puts `items` into a random order (Fisher and Yates).
     pub fn shuffle<T>(&mut self, items: &mut [T]) {
         for i in (1..items.len()).rev() {
@@ -129,6 +147,21 @@ mod tests {
         let mut counts = [0_u32; 7];
         (0..70_000).for_each(|_| counts[random.below(7)] += 1);
         assert!(counts.iter().all(|c| (9_500..10_500).contains(c)), "{counts:?}");
+    }
+
+    #[test]
+    fn a_choice_has_no_index_twice_and_every_index_is_equally_likely() {
+        let mut counts = [0_u32; 5];
+        let mut random = Seed(4).stream("choice", &[]);
+        for _ in 0..10_000 {
+            let chosen = random.choose(5, 2);
+            assert_ne!(chosen[0], chosen[1]);
+            for index in chosen {
+                counts[index] += 1;
+            }
+        }
+        assert!(counts.iter().all(|count| (3_800..4_200).contains(count)), "{counts:?}");
+        assert!(random.choose(3, 0).is_empty());
     }
 
     #[test]

@@ -81,6 +81,7 @@ impl WeightMethod for AdaloraOptions {
         ],
         among: Among::Linears,
         targets: &["all-linear"],
+        examples: &["rank = 3", "rank = 2\ndropout = 0.1"],
     };
 
     fn layout(&self, target: &Target, context: &Context<'_>) -> Result<Vec<Slot>> {

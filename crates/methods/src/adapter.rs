@@ -88,7 +88,7 @@ impl Adapter {
             );
         }
         let mut adapter = Self { config, tensors: BTreeMap::new(), integers: BTreeMap::new() };
-        for (id, p) in parameters.iter() {
+        for (id, p) in parameters.iter().filter(|(_, p)| p.saved) {
             let (name, shape) = (p.name.clone(), p.shape.clone());
             if p.dtype() == Dtype::F32 {
                 adapter.tensors.insert(name, (shape, parameters.values(id)));
@@ -126,7 +126,7 @@ impl Adapter {
         let mut adapter = Self { config, tensors: BTreeMap::new(), integers: BTreeMap::new() };
         for view in file.tensors() {
             let (name, shape) = (view.name.to_owned(), view.shape.to_vec());
-            if matches!(view.dtype, Dtype::U8 | Dtype::I32 | Dtype::I64) {
+            if matches!(view.dtype, Dtype::U8 | Dtype::I16 | Dtype::I32 | Dtype::I64) {
                 adapter.integers.insert(name, (view.dtype, shape, view.to_i64()?));
             } else {
                 adapter.tensors.insert(name, (shape, view.to_f32()?));
@@ -198,6 +198,7 @@ impl Adapter {
         let mut wrong = Vec::new();
         let known: Vec<_> = parameters
             .iter()
+            .filter(|(_, p)| p.saved)
             .map(|(id, p)| (id, p.name.clone(), p.shape.clone(), p.dtype() == Dtype::F32))
             .collect();
         for (id, name, shape, is_float) in &known {

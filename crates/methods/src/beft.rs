@@ -1,11 +1,11 @@
 //! BEFT: a bias per output, and nothing else.
 
-use retune_core::Result;
 use retune_core::method::Card;
 use retune_core::random::Random;
 use retune_core::spec::{ModelSpec, Role};
 use retune_core::targets::Among;
 use retune_core::weights::Weights;
+use retune_core::{Error, Result};
 use retune_options::options;
 use tensor::Tensor;
 
@@ -35,6 +35,7 @@ impl WeightMethod for BeftOptions {
         written: &[("init_weights", "true")],
         among: Among::Linears,
         targets: &[],
+        examples: &[""],
     };
 
     fn default_targets(&self, spec: &ModelSpec) -> Vec<String> {
@@ -44,6 +45,15 @@ impl WeightMethod for BeftOptions {
     }
 
     fn layout(&self, target: &Target, _context: &Context<'_>) -> Result<Vec<Slot>> {
+        if target.role == Role::Head && !target.has_bias {
+            return Err(Error::Setting {
+                setting: "method.beft.targets".to_owned(),
+                what: "the output head has no bias".to_owned(),
+                expected: "layers inside the blocks".to_owned(),
+                found: target.module.clone(),
+                help: "leave it out with `exclude`".to_owned(),
+            });
+        }
         Ok(vec![Slot::zeros("beft_bias", [1, target.rows])])
     }
 

@@ -65,3 +65,24 @@ pub fn divides(setting: &str, target: &Target, number: usize, width: usize) -> R
         help: format!("change `{name}`, or leave this module out with `exclude`"),
     })
 }
+
+/// Returns the most outputs and the most inputs any target has.
+pub fn widest(targets: &[Target]) -> (usize, usize) {
+    let most = |side: fn(&Target) -> usize| targets.iter().map(side).max().unwrap_or(0);
+    (most(|target| target.rows), most(|target| target.columns))
+}
+
+/// Returns the number of entries of a target, which places of single entries stay below.
+///
+/// # Errors
+/// [`Error::Setting`] if 32 bits do not count them.
+pub fn index_limit(method: &str, target: &Target) -> Result<i32> {
+    let count = target.rows * target.columns;
+    i32::try_from(count).map_err(|_| Error::Setting {
+        setting: format!("method.{method}.targets"),
+        what: format!("{} has too many entries", target.module),
+        expected: format!("at most {}", i32::MAX),
+        found: count.to_string(),
+        help: "leave this module out with `exclude`".to_owned(),
+    })
+}

@@ -6,7 +6,7 @@ use retune_core::Result;
 use retune_core::change::Scope;
 use retune_core::kernels::linear_frozen;
 use retune_core::kernels::matrix::PackedMatrix;
-use retune_core::method::Card;
+use retune_core::method::{Card, Promises};
 use retune_core::random::Random;
 use retune_core::targets::Among;
 use retune_core::weights::Weights;
@@ -50,6 +50,7 @@ impl WeightMethod for HraOptions {
         ],
         among: Among::Linears,
         targets: &["all-linear"],
+        examples: &["rank = 4", "rank = 4\northogonal = true", "rank = 3"],
     };
 
     fn layout(&self, target: &Target, _context: &Context<'_>) -> Result<Vec<Slot>> {
@@ -77,13 +78,21 @@ impl WeightMethod for HraOptions {
                 u[row * rank + 2 * pair + 1] = halves[row * (rank / 2) + pair];
             }
         }
-        if rank % 2 == 1 {
+        if self.orthogonal {
+            random.fill_normal(&mut u, 1.0);
+        } else if rank % 2 == 1 {
             let mut last = vec![0.0; columns];
             random.fill_normal(&mut last, 1.0);
             (0..columns).for_each(|row| u[row * rank + rank - 1] = last[row]);
         }
         let values = vec![frame::Values::Floats(u)];
         Ok(Built::new(Hra { orthogonal: self.orthogonal }).computed(values))
+    }
+
+    fn promises(&self) -> Promises {
+        // Reflections in directions at right angles never cancel.
+        let cancels = self.rank.is_multiple_of(2) && !self.orthogonal;
+        Promises { starts_at_base: cancels, ..Promises::default() }
     }
 }
 

@@ -65,6 +65,7 @@ impl WeightMethod for Ia3Options {
         ],
         among: Among::Linears,
         targets: &[],
+        examples: &["", "feedforward = [\".*_proj\"]\ntargets = [\"all-linear\"]"],
     };
 
     fn default_targets(&self, spec: &ModelSpec) -> Vec<String> {

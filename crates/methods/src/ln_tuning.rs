@@ -38,6 +38,7 @@ impl WeightMethod for LnTuningOptions {
         written: &[("exclude_modules", "null")],
         among: Among::Modules,
         targets: &[],
+        examples: &[""],
     };
 
     fn default_targets(&self, spec: &ModelSpec) -> Vec<String> {

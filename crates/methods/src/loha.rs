@@ -67,6 +67,10 @@ impl WeightMethod for LohaOptions {
         ],
         among: Among::Linears,
         targets: &["all-linear"],
+        examples: &[
+            "rank = 2",
+            "rank = 3\nrank_pattern = { \"v_proj\" = 2 }\nalpha_pattern = { \"v_proj\" = 4.0 }",
+        ],
     };
 
     fn layout(&self, target: &Target, _context: &Context<'_>) -> Result<Vec<Slot>> {

@@ -101,6 +101,11 @@ impl WeightMethod for LokrOptions {
         ],
         among: Among::Linears,
         targets: &["all-linear"],
+        examples: &[
+            "rank = 1",
+            "rank = 2\ndecompose_factor = 2",
+            "rank = 1\ndecompose_both = true",
+        ],
     };
 
     fn layout(&self, target: &Target, _context: &Context<'_>) -> Result<Vec<Slot>> {

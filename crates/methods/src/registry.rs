@@ -7,8 +7,10 @@ use retune_options::{OptionSpec, Options, Reader};
 use serde_json::Value;
 
 use crate::{
-    adalora, beft, cartridge, cpt, full, hra, ia3, lily, llama_adapter, ln_tuning, loha, lokr,
-    lora, multitask_prompt_tuning, p_tuning, poly, prefix_tuning, prompt_tuning, road,
+    adalora, beft, boft, c3a, cartridge, cpt, deft, delora, fourierft, full, glora, gralora, hira,
+    hra, ia3, lily, llama_adapter, ln_tuning, loha, lokr, lora, miss, multitask_prompt_tuning, oft,
+    p_tuning, peanut, poly, prefix_tuning, prompt_tuning, pvera, randlora, road, shira,
+    supertuning, trainable_tokens, vblora, vera, waveft,
 };
 
 /// Makes a method from an `adapter_config.json`.
@@ -31,11 +33,24 @@ pub const METHODS: &[Plugin] = &[
     full::PLUGIN,
     adalora::PLUGIN,
     beft::PLUGIN,
+    boft::PLUGIN,
+    c3a::PLUGIN,
+    deft::PLUGIN,
+    delora::PLUGIN,
+    fourierft::PLUGIN,
+    glora::PLUGIN,
+    gralora::PLUGIN,
+    hira::PLUGIN,
     hra::PLUGIN,
     ia3::PLUGIN,
     ln_tuning::PLUGIN,
     loha::PLUGIN,
     lokr::PLUGIN,
+    miss::PLUGIN,
+    oft::PLUGIN,
+    peanut::PLUGIN,
+    pvera::PLUGIN,
+    randlora::PLUGIN,
     road::PLUGIN,
     prompt_tuning::PLUGIN,
     p_tuning::PLUGIN,
@@ -46,6 +61,12 @@ pub const METHODS: &[Plugin] = &[
     llama_adapter::PLUGIN,
     poly::PLUGIN,
     lily::PLUGIN,
+    shira::PLUGIN,
+    supertuning::PLUGIN,
+    trainable_tokens::PLUGIN,
+    vblora::PLUGIN,
+    vera::PLUGIN,
+    waveft::PLUGIN,
 ];
 
 /// Finds a method by the name a recipe uses.

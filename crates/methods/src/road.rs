@@ -56,6 +56,11 @@ impl WeightMethod for RoadOptions {
         written: &[("init_weights", "true")],
         among: Among::Linears,
         targets: &["all-linear"],
+        examples: &[
+            "group_size = 8",
+            "group_size = 4\nvariant = \"road_2\"",
+            "group_size = 2\nvariant = \"road_4\"",
+        ],
     };
 
     fn layout(&self, target: &Target, _context: &Context<'_>) -> Result<Vec<Slot>> {

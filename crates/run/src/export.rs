@@ -31,13 +31,6 @@ pub fn merged(tuned: &Tuned<'_>, weight: &WeightSpec) -> retune_core::Result<Vec
 
 /// Refuses changes that cannot be merged into weights.
 fn check_mergeable(tuned: &Tuned<'_>) -> Result<()> {
-    let spec = tuned.model.spec();
-    if let Some(name) = tuned.changes.changed_weights().find(|name| spec.weight(name).is_none()) {
-        return Err(Error::Core(retune_core::Error::Unsupported {
-            what: format!("merging `{name}`, which this model does not have,"),
-            help: "keep the adapter beside the base".to_owned(),
-        }));
-    }
     match tuned.changes.unmergeable() {
         None => Ok(()),
         Some(what) => Err(Error::Core(retune_core::Error::Unsupported {
