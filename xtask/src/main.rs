@@ -2,6 +2,7 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line tool")]
 
+mod bench;
 mod check;
 mod generated;
 mod hooks;
@@ -18,6 +19,10 @@ usage: cargo xtask COMMAND
   layers                            which crate may depend on which
   gen [--check]                     write generated files, or fail where one is stale
   hooks                             write .git/hooks/pre-commit (format and layers)
+  bench [--kernels] [--steps]       speed and memory of a release build
+        [--peer PYTHON]             the same steps in PyTorch + PEFT, taking turns
+        [--chats FILE]              JSONL of `messages`, for the case `chats`
+        [--only CASE]... [--rounds N] [--num-steps N] [--json]
 ";
 
 /// A command's end: nothing, or what went wrong and what to do.
@@ -37,6 +42,10 @@ fn main() -> ExitCode {
             root().and_then(|root| generated::check(&root, generated::GENERATORS))
         }
         ["hooks"] => root().and_then(|root| hooks::run(&root)),
+        ["bench", options @ ..] => match bench::Options::parse(options) {
+            Ok(options) => root().and_then(|root| bench::run(&root, &options)),
+            Err(problem) => return wrong_use(&problem),
+        },
         ["help" | "--help" | "-h"] => {
             print!("{USAGE}");
             return ExitCode::SUCCESS;
