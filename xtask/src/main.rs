@@ -2,6 +2,7 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line tool")]
 
+mod bench;
 mod check;
 mod generated;
 mod hooks;
@@ -20,6 +21,10 @@ usage: cargo xtask COMMAND
   gen [--check]                     write generated files, or fail where one is stale
   new method NAME                   the skeleton of a tuning method and its line in the registry
   hooks                             write .git/hooks/pre-commit (format and layers)
+  bench [--kernels] [--steps]       speed and memory of a release build
+        [--peer PYTHON]             the same steps in PyTorch + PEFT, taking turns
+        [--chats FILE]              JSONL of `messages`, for the case `chats`
+        [--only CASE]... [--rounds N] [--num-steps N] [--json]
 ";
 
 /// A command's end: nothing, or what went wrong and what to do.
@@ -38,6 +43,10 @@ fn main() -> ExitCode {
         ["gen", "--check"] => root().and_then(|root| generated::check(&root)),
         ["new", "method", name] => root().and_then(|root| new_method::run(&root, name)),
         ["hooks"] => root().and_then(|root| hooks::run(&root)),
+        ["bench", options @ ..] => match bench::Options::parse(options) {
+            Ok(options) => root().and_then(|root| bench::run(&root, &options)),
+            Err(problem) => return wrong_use(&problem),
+        },
         ["help" | "--help" | "-h"] => {
             print!("{USAGE}");
             return ExitCode::SUCCESS;

@@ -14,7 +14,9 @@ use crate::site::{Site, Sublayer};
 use crate::spec::Head;
 use crate::weights::Weights;
 use retune_kernels::matrix::PackedMatrix;
-use retune_kernels::{self as kernels, AttentionOptions, HeadOptions, Rotation, Spans, Table};
+use retune_kernels::{
+    self as kernels, AttentionOptions, HeadOptions, KeyValues, Rotation, Spans, Table,
+};
 use tensor::{Device, Int, Tensor, TensorData};
 
 /// Rotary position embedding of one kind of layer.
@@ -29,7 +31,7 @@ pub struct Rope {
 /// Keys and values of what was read before, per layer and document.
 #[derive(Debug, Default)]
 pub struct KeyValueCache {
-    layers: BTreeMap<usize, Vec<(Tensor<2>, Tensor<2>)>>,
+    layers: BTreeMap<usize, Vec<KeyValues>>,
     history: History,
 }
 
@@ -40,7 +42,16 @@ impl KeyValueCache {
     /// If a place is not below the number of documents read so far.
     pub fn select(&mut self, keep: &[usize]) {
         for documents in self.layers.values_mut() {
-            *documents = keep.iter().map(|place| documents[*place].clone()).collect();
+            let mut all: Vec<Option<KeyValues>> =
+                std::mem::take(documents).into_iter().map(Some).collect();
+            // Moved, not copied, unless a place is asked for twice.
+            let mut last = vec![0; all.len()];
+            keep.iter().enumerate().for_each(|(at, place)| last[*place] = at);
+            let take = |(at, place): (usize, &usize)| {
+                let document = &mut all[*place];
+                if last[*place] == at { document.take() } else { document.clone() }
+            };
+            documents.extend(keep.iter().enumerate().filter_map(take));
         }
         self.history.select(keep);
     }
@@ -220,7 +231,7 @@ impl<'a> Pass<'a> {
             }
         }
         let weight = self.changes.materialize(&name, self.weights, &self.scope)?;
-        Ok(kernels::linear(x, weight, bias))
+        Ok(kernels::linear_in(self.weights.packing().arithmetic, x, weight, bias))
     }
 
     /// Normalises by the root mean square; the gain is `offset + weight` (Gemma's offset is 1).
@@ -378,29 +389,7 @@ impl<'a> Pass<'a> {
             return kernels::attention(q, k, v, &spans, &keys, &options);
         };
         let documents = cache.layers.entry(layer).or_default();
-        let mut lengths = Vec::with_capacity(spans.documents());
-        for (place, span) in spans.iter().enumerate() {
-            let new = |x: &Tensor<2>| x.clone().narrow(0, span.start, span.len());
-            let (new_k, new_v) = (new(&k), new(&v));
-            match (documents.get_mut(place), &prefix) {
-                (Some((old_k, old_v)), _) => {
-                    *old_k = Tensor::cat(vec![old_k.clone(), new_k], 0);
-                    *old_v = Tensor::cat(vec![old_v.clone(), new_v], 0);
-                }
-                (None, None) => documents.push((new_k, new_v)),
-                (None, Some([first_k, first_v])) => documents.push((
-                    Tensor::cat(vec![first_k.clone(), new_k], 0),
-                    Tensor::cat(vec![first_v.clone(), new_v], 0),
-                )),
-            }
-            lengths.push(documents[place].0.dims()[0]);
-        }
-        let join = |pick: fn(&(Tensor<2>, Tensor<2>)) -> Tensor<2>| match &documents[..] {
-            [one] => pick(one),
-            many => Tensor::cat(many.iter().map(pick).collect(), 0),
-        };
-        let (k, v) = (join(|d| d.0.clone()), join(|d| d.1.clone()));
-        kernels::attention(q, k, v, &spans, &Spans::from_lengths(lengths), &options)
+        kernels::attention_over_cache([q, k, v], prefix.as_ref(), &spans, documents, &options)
     }
 
     /// Returns all keys and values of each document: those a cache holds, then the new ones, which
@@ -550,7 +539,8 @@ impl<'a> Pass<'a> {
         };
         let (weight, bias, soft_cap) = (weight.clone(), bias.clone(), *soft_cap);
         let bias = bias.map(|name| self.vector(&name)).transpose()?;
-        Ok((self.head_weight(&weight)?, HeadOptions { soft_cap, scale: 1.0, bias }))
+        let arithmetic = self.weights.packing().arithmetic;
+        Ok((self.head_weight(&weight)?, HeadOptions { soft_cap, scale: 1.0, bias, arithmetic }))
     }
 
     /// Computes the cross-entropy of each token with its target, 0 where it has none.
@@ -592,7 +582,9 @@ impl<'a> Pass<'a> {
         let picked = if all { states.clone() } else { select(states.clone(), &rows) };
         let mut logits = match weight {
             Table::Frozen(matrix) => kernels::linear_frozen(picked, &matrix, options.bias),
-            Table::Trainable(weight) => kernels::linear(picked, weight, options.bias),
+            Table::Trainable(weight) => {
+                kernels::linear_in(options.arithmetic, picked, weight, options.bias)
+            }
         };
         if let Some(cap) = options.soft_cap {
             logits = logits.div_scalar(cap).tanh().mul_scalar(cap);

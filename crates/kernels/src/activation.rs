@@ -6,9 +6,10 @@ use burn_flex::FlexTensor;
 use tensor::Tensor;
 use tensor::activation::{relu, sigmoid};
 
+use crate::buffer::Buffer;
 use crate::parallel::{CHUNK, each};
 use crate::simd::{self, fma};
-use crate::tape::{Operation, apply, from_values, is_fast, values};
+use crate::tape::{Operation, apply, is_fast, values};
 
 /// Names an element-wise activation function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -65,11 +66,11 @@ impl Operation<1> for Activation {
 
     fn forward(&self, [x]: [FlexTensor; 1], _: [bool; 1]) -> (FlexTensor, FlexTensor) {
         let numbers = values(&x);
-        let mut out = vec![0.0; numbers.len()];
+        let mut out = Buffer::dirty(numbers.len());
         each(numbers.chunks(CHUNK).zip(out.chunks_mut(CHUNK)), |(x, out)| {
             activate_all(*self, x, out);
         });
-        (from_values(out, x.layout().shape().clone()), x)
+        (out.into_tensor(x.layout().shape().clone()), x)
     }
 
     fn backward(
@@ -78,12 +79,12 @@ impl Operation<1> for Activation {
         gradient: FlexTensor,
         _: [bool; 1],
     ) -> [Option<FlexTensor>; 1] {
-        let mut dx = vec![0.0; x.layout().num_elements()];
+        let mut dx = Buffer::dirty(x.layout().num_elements());
         each(
             values(&x).chunks(CHUNK).zip(values(&gradient).chunks(CHUNK)).zip(dx.chunks_mut(CHUNK)),
             |((x, g), dx)| slope_all(*self, x, g, dx),
         );
-        [Some(from_values(dx, x.layout().shape().clone()))]
+        [Some(dx.into_tensor(x.layout().shape().clone()))]
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use burn_flex::FlexTensor;
 use tensor::{DType, Device, Int, Tensor, TensorData};
 
+use crate::buffer::Buffer;
 use crate::parallel::{each, rows_of};
 use crate::table::Table;
 use crate::tape::{Operation, apply, from_values, is_fast, values};
@@ -71,11 +72,11 @@ impl Operation<1> for Embed {
     fn forward(&self, [table]: [FlexTensor; 1], _: [bool; 1]) -> (FlexTensor, [usize; 2]) {
         let [rows, width]: [usize; 2] = table.layout().shape().dims();
         let table = values(&table);
-        let mut out = vec![0.0; self.ids.len() * width];
+        let mut out = Buffer::dirty(self.ids.len() * width);
         gather(&self.ids, width, &mut out, |row, out| {
             out.copy_from_slice(&table[row * width..][..width]);
         });
-        (from_values(out, [self.ids.len(), width]), [rows, width])
+        (out.into_tensor([self.ids.len(), width]), [rows, width])
     }
 
     fn backward(

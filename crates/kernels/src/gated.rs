@@ -4,9 +4,10 @@ use burn_flex::FlexTensor;
 use tensor::Tensor;
 
 use crate::activation::{self, Activation, Loop};
+use crate::buffer::Buffer;
 use crate::parallel::{CHUNK, each};
 use crate::simd;
-use crate::tape::{Operation, apply, from_values, is_fast, values};
+use crate::tape::{Operation, apply, is_fast, values};
 
 /// Multiplies one projection by the activation of another: `activation(gate) · up`.
 ///
@@ -39,12 +40,12 @@ impl Operation<2> for Gated {
 
     fn forward(&self, inputs: [FlexTensor; 2], _: [bool; 2]) -> (FlexTensor, [FlexTensor; 2]) {
         let [gate, up] = inputs.each_ref().map(values);
-        let mut out = vec![0.0; gate.len()];
+        let mut out = Buffer::dirty(gate.len());
         each(
             gate.chunks(CHUNK).zip(up.chunks(CHUNK)).zip(out.chunks_mut(CHUNK)),
             |((gate, up), out)| gate_all(self.0, gate, up, out),
         );
-        (from_values(out, inputs[0].layout().shape().clone()), inputs)
+        (out.into_tensor(inputs[0].layout().shape().clone()), inputs)
     }
 
     fn backward(
@@ -57,7 +58,7 @@ impl Operation<2> for Gated {
         let shape = inputs[0].layout().shape();
         let g = values(&gradient);
         // Both come out of one pass; the one nobody wants is the price of an uncommon case.
-        let (mut dgate, mut dup) = (vec![0.0; gate.len()], vec![0.0; gate.len()]);
+        let [mut dgate, mut dup] = [(); 2].map(|()| Buffer::dirty(gate.len()));
         each(
             gate.chunks(CHUNK)
                 .zip(up.chunks(CHUNK))
@@ -66,8 +67,8 @@ impl Operation<2> for Gated {
             |(((gate, up), g), (dgate, dup))| slope_all(self.0, gate, up, g, dgate, dup),
         );
         [
-            wanted[0].then(|| from_values(dgate, shape.clone())),
-            wanted[1].then(|| from_values(dup, shape.clone())),
+            wanted[0].then(|| dgate.into_tensor(shape.clone())),
+            wanted[1].then(|| dup.into_tensor(shape.clone())),
         ]
     }
 }

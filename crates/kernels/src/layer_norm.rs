@@ -5,6 +5,7 @@ use std::sync::Arc;
 use burn_flex::FlexTensor;
 use tensor::Tensor;
 
+use crate::buffer::Buffer;
 use crate::parallel::{add_rows, each, rows_of};
 use crate::simd::{self, dot, fma};
 use crate::tape::{Operation, apply, from_values, is_fast, values};
@@ -80,7 +81,7 @@ impl LayerNorm {
     fn output(&self, x: FlexTensor, weight: FlexTensor, bias: &[f32]) -> (FlexTensor, Saved) {
         let width = weight.layout().num_elements();
         let tokens = x.layout().num_elements() / width.max(1);
-        let mut out = vec![0.0; tokens * width];
+        let mut out = Buffer::dirty(tokens * width);
         let mut moments = vec![[0.0; 2]; tokens];
         let rows = rows_of(width);
         let chunk = (rows * width).max(1);
@@ -90,7 +91,7 @@ impl LayerNorm {
                 forward_rows(x, values(&weight), bias, self.epsilon, out, moments);
             },
         );
-        let out = from_values(out, [tokens, width]);
+        let out = out.into_tensor([tokens, width]);
         (out, Saved { x, weight, moments: moments.into() })
     }
 
@@ -112,11 +113,11 @@ impl LayerNorm {
                 .map(|((x, g), moments)| (x, g, moments))
         };
         let dx = wanted[0].then(|| {
-            let mut dx = vec![0.0; tokens * width];
+            let mut dx = Buffer::dirty(tokens * width);
             each(blocks().zip(dx.chunks_mut(chunk)), |((x, g, moments), dx)| {
                 input_rows(x, values(&weight), g, moments, dx);
             });
-            from_values(dx, [tokens, width])
+            dx.into_tensor([tokens, width])
         });
         let parts = tokens.div_ceil(rows) * width;
         let dweight = wanted[1].then(|| {

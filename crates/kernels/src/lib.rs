@@ -13,6 +13,7 @@
 pub mod activation;
 pub mod adamw;
 pub mod attention;
+mod buffer;
 #[cfg(test)]
 mod check;
 mod disjoint;
@@ -36,7 +37,7 @@ mod tile;
 
 pub use activation::{Activation, activate};
 pub use adamw::{AdamwStep, AdamwTensor, adamw, adamw_all};
-pub use attention::{AttentionOptions, attention};
+pub use attention::{AttentionOptions, KeyValues, attention, attention_over_cache};
 pub use embed::embed;
 pub use gated::gated;
 pub use head::{HeadOptions, token_losses};

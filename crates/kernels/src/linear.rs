@@ -5,6 +5,7 @@ use std::sync::Arc;
 use burn_flex::FlexTensor;
 use tensor::{Tensor, TensorData};
 
+use crate::buffer::Buffer;
 use crate::matrix::{Arithmetic, PackedMatrix, product, product_nt, product_tn};
 use crate::tape::{Operation, apply, from_values, is_fast, values};
 
@@ -222,11 +223,11 @@ impl<const N: usize> Operation<N> for Dense {
     fn forward(&self, inputs: [FlexTensor; N], wanted: [bool; N]) -> (FlexTensor, Self::Saved) {
         let (x, weight) = (&inputs[0], &inputs[1]);
         let ([n, width], [out, _]) = (dims(x), dims(weight));
-        let mut y = vec![0.0; n * out];
+        let mut y = Buffer::dirty(n * out);
         let bias = bias_of(&inputs, 2);
         product_nt(self.arithmetic, [n, width, out], values(x), values(weight), bias, &mut y);
         let saved = (wanted[1].then(|| x.clone()), wanted[0].then(|| weight.clone()));
-        (from_values(y, [n, out]), saved)
+        (y.into_tensor([n, out]), saved)
     }
 
     fn backward(
@@ -239,15 +240,15 @@ impl<const N: usize> Operation<N> for Dense {
         let dy = values(&gradient);
         let dx = weight.map(|weight| {
             let [_, width] = dims(&weight);
-            let mut dx = vec![0.0; n * width];
+            let mut dx = Buffer::dirty(n * width);
             product(self.arithmetic, [n, out, width], dy, values(&weight), &mut dx);
-            from_values(dx, [n, width])
+            dx.into_tensor([n, width])
         });
         let dw = x.map(|x| {
             let [_, width] = dims(&x);
-            let mut dw = vec![0.0; out * width];
+            let mut dw = Buffer::dirty(out * width);
             product_tn(self.arithmetic, [out, n, width], dy, values(&x), &mut dw);
-            from_values(dw, [out, width])
+            dw.into_tensor([out, width])
         });
         gradients([dx, dw, bias_gradient(2, wanted, &gradient)])
     }
@@ -265,18 +266,18 @@ impl<const N: usize> Operation<N> for Frozen {
     fn forward(&self, inputs: [FlexTensor; N], _: [bool; N]) -> (FlexTensor, ()) {
         let [n, _] = dims(&inputs[0]);
         let out = self.weight.rows();
-        let mut y = vec![0.0; n * out];
+        let mut y = Buffer::dirty(n * out);
         self.weight.multiply(values(&inputs[0]), n, &mut y, bias_of(&inputs, 1));
-        (from_values(y, [n, out]), ())
+        (y.into_tensor([n, out]), ())
     }
 
     fn backward(&self, (): (), gradient: FlexTensor, wanted: [bool; N]) -> [Option<FlexTensor>; N] {
         let [n, _] = dims(&gradient);
         let width = self.weight.columns();
         let dx = wanted[0].then(|| {
-            let mut dx = vec![0.0; n * width];
+            let mut dx = Buffer::dirty(n * width);
             self.weight.multiply_transposed(values(&gradient), n, &mut dx);
-            from_values(dx, [n, width])
+            dx.into_tensor([n, width])
         });
         gradients([dx, bias_gradient(1, wanted, &gradient)])
     }
@@ -294,15 +295,15 @@ struct LowRank {
 struct LowRankSaved {
     x: Option<FlexTensor>,
     /// `scale · x · Aᵀ`.
-    u: Option<Arc<[f32]>>,
+    u: Option<FlexTensor>,
     a: Option<FlexTensor>,
     b: Option<FlexTensor>,
     rank: usize,
 }
 
 impl LowRank {
-    fn scaled(&self, mut values: Vec<f32>) -> Vec<f32> {
-        for x in &mut values {
+    fn scaled(&self, mut values: Buffer) -> Buffer {
+        for x in values.iter_mut() {
             *x *= self.scale;
         }
         values
@@ -316,20 +317,20 @@ impl<const N: usize> Operation<N> for LowRank {
         let (x, a, b) = (&inputs[0], &inputs[1], &inputs[2]);
         let ([n, width], [rank, _]) = (dims(x), dims(a));
         let (out, arithmetic) = (self.weight.rows(), self.weight.arithmetic());
-        let mut u = vec![0.0; n * rank];
+        let mut u = Buffer::dirty(n * rank);
         product_nt(arithmetic, [n, width, rank], values(x), values(a), None, &mut u);
         let u = self.scaled(u);
-        let mut y = vec![0.0; n * out];
-        let change = (u.as_slice(), values(b), rank);
+        let mut y = Buffer::dirty(n * out);
+        let change = (&u[..], values(b), rank);
         self.weight.multiply_low_rank(values(x), change, n, &mut y, bias_of(&inputs, 3));
         let saved = LowRankSaved {
             x: wanted[1].then(|| x.clone()),
-            u: wanted[2].then(|| u.into()),
+            u: wanted[2].then(|| u.into_tensor([n, rank])),
             a: wanted[0].then(|| a.clone()),
             b: (wanted[0] || wanted[1]).then(|| b.clone()),
             rank,
         };
-        (from_values(y, [n, out]), saved)
+        (y.into_tensor([n, out]), saved)
     }
 
     fn backward(
@@ -343,26 +344,26 @@ impl<const N: usize> Operation<N> for LowRank {
         let (width, rank) = (self.weight.columns(), saved.rank);
         let arithmetic = self.weight.arithmetic();
         let du = saved.b.map(|b| {
-            let mut du = vec![0.0; n * rank];
+            let mut du = Buffer::dirty(n * rank);
             product(arithmetic, [n, out, rank], dy, values(&b), &mut du);
             self.scaled(du)
         });
         let du = du.as_deref();
         let dx = saved.a.zip(du).map(|(a, du)| {
-            let mut dx = vec![0.0; n * width];
+            let mut dx = Buffer::dirty(n * width);
             let change = (du, values(&a), rank);
             self.weight.multiply_transposed_low_rank(dy, change, n, &mut dx);
-            from_values(dx, [n, width])
+            dx.into_tensor([n, width])
         });
         let da = saved.x.zip(du).map(|(x, du)| {
-            let mut da = vec![0.0; rank * width];
+            let mut da = Buffer::dirty(rank * width);
             product_tn(arithmetic, [rank, n, width], du, values(&x), &mut da);
-            from_values(da, [rank, width])
+            da.into_tensor([rank, width])
         });
         let db = saved.u.map(|u| {
-            let mut db = vec![0.0; out * rank];
-            product_tn(arithmetic, [out, n, rank], dy, &u, &mut db);
-            from_values(db, [out, rank])
+            let mut db = Buffer::dirty(out * rank);
+            product_tn(arithmetic, [out, n, rank], dy, values(&u), &mut db);
+            db.into_tensor([out, rank])
         });
         gradients([dx, da, db, bias_gradient(3, wanted, &gradient)])
     }
@@ -377,9 +378,9 @@ impl Operation<2> for Product {
 
     fn forward(&self, [a, b]: [FlexTensor; 2], wanted: [bool; 2]) -> (FlexTensor, Self::Saved) {
         let ([m, k], [_, n]) = (dims(&a), dims(&b));
-        let mut out = vec![0.0; m * n];
+        let mut out = Buffer::dirty(m * n);
         product(Arithmetic::F32, [m, k, n], values(&a), values(&b), &mut out);
-        (from_values(out, [m, n]), [wanted[1].then_some(a), wanted[0].then_some(b)])
+        (out.into_tensor([m, n]), [wanted[1].then_some(a), wanted[0].then_some(b)])
     }
 
     fn backward(
@@ -392,15 +393,15 @@ impl Operation<2> for Product {
         let dy = values(&gradient);
         let da = b.map(|b| {
             let [k, _] = dims(&b);
-            let mut da = vec![0.0; m * k];
+            let mut da = Buffer::dirty(m * k);
             product_nt(Arithmetic::F32, [m, n, k], dy, values(&b), None, &mut da);
-            from_values(da, [m, k])
+            da.into_tensor([m, k])
         });
         let db = a.map(|a| {
             let [_, k] = dims(&a);
-            let mut db = vec![0.0; k * n];
+            let mut db = Buffer::dirty(k * n);
             product_tn(Arithmetic::F32, [k, m, n], values(&a), dy, &mut db);
-            from_values(db, [k, n])
+            db.into_tensor([k, n])
         });
         [da, db]
     }

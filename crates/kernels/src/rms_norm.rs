@@ -5,6 +5,7 @@ use std::sync::Arc;
 use burn_flex::FlexTensor;
 use tensor::Tensor;
 
+use crate::buffer::Buffer;
 use crate::parallel::{each, rows_of};
 use crate::simd::{self, dot, fma};
 use crate::tape::{Operation, apply, from_values, is_fast, values};
@@ -55,7 +56,7 @@ impl Operation<2> for RmsNorm {
     fn forward(&self, [x, weight]: [FlexTensor; 2], _: [bool; 2]) -> (FlexTensor, Saved) {
         let width = weight.layout().num_elements();
         let tokens = x.layout().num_elements() / width.max(1);
-        let mut out = vec![0.0; tokens * width];
+        let mut out = Buffer::dirty(tokens * width);
         let mut inverse = vec![0.0; tokens];
         let rows = rows_of(width);
         let chunk = (rows * width).max(1);
@@ -63,7 +64,7 @@ impl Operation<2> for RmsNorm {
             values(&x).chunks(chunk).zip(out.chunks_mut(chunk)).zip(inverse.chunks_mut(rows)),
             |((x, out), inverse)| forward_rows(x, values(&weight), self.epsilon, out, inverse),
         );
-        let out = from_values(out, [tokens, width]);
+        let out = out.into_tensor([tokens, width]);
         (out, Saved { x, weight, inverse: inverse.into() })
     }
 
@@ -78,7 +79,7 @@ impl Operation<2> for RmsNorm {
         let tokens = inverse.len();
         let rows = rows_of(width);
         let chunk = (rows * width).max(1);
-        let mut dx = vec![0.0; if wanted[0] { tokens * width } else { 0 }];
+        let mut dx = Buffer::dirty(if wanted[0] { tokens * width } else { 0 });
         if wanted[0] {
             each(
                 values(&x)
@@ -102,7 +103,7 @@ impl Operation<2> for RmsNorm {
             );
             from_values(crate::parallel::add_rows(&sums, width), [width])
         });
-        [wanted[0].then(|| from_values(dx, [tokens, width])), dweight]
+        [wanted[0].then(|| dx.into_tensor([tokens, width])), dweight]
     }
 }
 

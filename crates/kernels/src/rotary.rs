@@ -5,9 +5,10 @@ use std::sync::Arc;
 use burn_flex::FlexTensor;
 use tensor::{DType, Device, Tensor, TensorData};
 
+use crate::buffer::Buffer;
 use crate::parallel::{each, rows_of};
 use crate::simd::{self, fma};
-use crate::tape::{Operation, apply, from_values, is_fast, values};
+use crate::tape::{Operation, apply, is_fast, values};
 
 /// Holds the cosines and sines of every token of a batch; made once per batch for all layers.
 ///
@@ -124,7 +125,7 @@ impl Rotary {
         }
         let numbers = values(x);
         let width = numbers.len() / tokens;
-        let mut out = vec![0.0; numbers.len()];
+        let mut out = Buffer::dirty(numbers.len());
         let rows = rows_of(width);
         each(
             numbers
@@ -133,7 +134,7 @@ impl Rotary {
                 .zip(cos.chunks(rows * half).zip(sin.chunks(rows * half))),
             |((x, out), (cos, sin))| turn_rows(x, self.heads, [cos, sin], half, direction, out),
         );
-        from_values(out, [*tokens, width])
+        out.into_tensor([*tokens, width])
     }
 }
 

@@ -77,10 +77,7 @@ pub fn apply<O: Operation<N>, const N: usize>(
         DispatchAutodiffContext::Disabled => {
             let inputs = inputs.map(|input| contiguous(untracked(input.kind)));
             let (output, _) = operation.forward(inputs, [false; N]);
-            DispatchTensor {
-                kind: DispatchTensorKind::Flex(BackendTensor::Float(output)),
-                autodiff: context,
-            }
+            from_constant(output)
         }
         DispatchAutodiffContext::Enabled(strategy) => {
             let inputs = inputs.map(|input| lifted(input.kind));
@@ -168,6 +165,22 @@ fn record<O: Operation<N>, C: CheckpointStrategy, const N: usize>(
             let (output, _) = operation.forward(inputs, wanted);
             preparation.finish(output)
         }
+    }
+}
+
+/// Gives the numbers of a tensor without autodiff, contiguous.
+///
+/// # Panics
+/// When it is not a float tensor of the CPU backend; ask [`is_fast`] first.
+pub(crate) fn constant(tensor: DispatchTensor) -> FlexTensor {
+    contiguous(untracked(tensor.kind))
+}
+
+/// Makes a tensor without autodiff.
+pub(crate) fn from_constant(tensor: FlexTensor) -> DispatchTensor {
+    DispatchTensor {
+        kind: DispatchTensorKind::Flex(BackendTensor::Float(tensor)),
+        autodiff: DispatchAutodiffContext::Disabled,
     }
 }
 

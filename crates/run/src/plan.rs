@@ -5,8 +5,9 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::open::Opened;
-use crate::recipe::Recipe;
+use crate::recipe::{ArithmeticName, Recipe};
 use crate::rows::Splits;
+use retune_core::kernels::matrix::Arithmetic;
 use retune_core::method::MethodPlan;
 use retune_core::spec::{Head, ModelSpec};
 use retune_data::statistics::Statistics;
@@ -129,6 +130,7 @@ impl Plan {
         }
         let mut warnings = warnings(recipe, splits, &statistics, learning_rate, (low, high));
         warnings.extend(method.notes.iter().cloned());
+        warnings.extend(arithmetic_note(recipe.compute.arithmetic, Arithmetic::Bf16.is_native()));
         if forecast.recompute && !recipe.train.recompute {
             warnings.push(
                 "layers are run again in the backward pass, to fit the memory allowed: a step \
@@ -363,6 +365,15 @@ fn fit(
     })
 }
 
+/// Says what is used where the processor lacks the arithmetic a recipe asks for.
+fn arithmetic_note(asked: ArithmeticName, native: bool) -> Option<String> {
+    (asked == ArithmeticName::Bf16 && !native).then(|| {
+        "this processor has no fast bf16 products (AVX512-BF16 or AMX): `compute.arithmetic = \
+         \"bf16\"` is computed in f32, which is more exact and no slower here"
+            .to_owned()
+    })
+}
+
 /// Writes a number of bytes as MiB, rounded up.
 pub fn mebibytes(bytes: u64) -> String {
     format!("{}MiB", bytes.div_ceil(1 << 20))
@@ -419,4 +430,17 @@ fn warnings(
         "no rows are held out: nothing will show whether the model learned or memorised".to_owned(),
     );
     list
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_arithmetic_the_processor_lacks_gets_a_line() {
+        assert_eq!(arithmetic_note(ArithmeticName::F32, false), None);
+        assert_eq!(arithmetic_note(ArithmeticName::Bf16, true), None);
+        let note = arithmetic_note(ArithmeticName::Bf16, false).unwrap();
+        assert!(note.contains("bf16") && note.contains("f32"), "{note}");
+    }
 }

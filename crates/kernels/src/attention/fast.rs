@@ -10,10 +10,11 @@ use super::backward::{self, Gradients, Group, KEYS};
 use super::block::Head;
 use super::few::{self, FEW};
 use super::forward::{self, ROWS};
+use crate::buffer::Buffer;
 use crate::disjoint::Columns;
 use crate::parallel::each;
 use crate::spans::Spans;
-use crate::tape::{Operation, from_values, values};
+use crate::tape::{Operation, values};
 
 #[derive(Clone, Debug)]
 pub(super) struct Attention {
@@ -68,41 +69,10 @@ impl Operation<3> for Attention {
 
     fn forward(&self, inputs: [FlexTensor; 3], _: [bool; 3]) -> (FlexTensor, Saved) {
         let [q, k, v] = inputs.each_ref().map(values);
-        let (width, heads) = (self.width(), self.options.heads);
-        let tokens = self.queries.tokens();
-        let mut output = vec![0.0; tokens * width];
-        let mut sums = vec![0.0; tokens * heads];
-        let mut tasks = Vec::new();
-        let (mut output_left, mut sums_left) = (&mut output[..], &mut sums[..]);
-        for (document, rows) in self.queries.iter().enumerate() {
-            for first in (0..rows.len()).step_by(ROWS) {
-                let count = ROWS.min(rows.len() - first);
-                let (out, after) = output_left.split_at_mut(count * width);
-                let (sum, sums_after) = sums_left.split_at_mut(count * heads);
-                (output_left, sums_left) = (after, sums_after);
-                let q = &q[(rows.start + first) * width..][..count * width];
-                tasks.push((document, first, count, q, out, sum));
-            }
-        }
-        let group = heads / self.options.key_heads;
-        each(tasks, |(document, first, count, q, out, sums)| {
-            for index in 0..heads {
-                let head = self.head(k, v, document, index / group);
-                let column = index * head.width;
-                if head.queries <= FEW {
-                    for row in 0..count {
-                        let place = row * width + column;
-                        let (q, out) = (&q[place..][..head.width], &mut out[place..][..head.width]);
-                        sums[row * heads + index] = few::query(&head, first + row, q, out);
-                    }
-                    continue;
-                }
-                let (q, out) = (&q[column..], &mut out[column..]);
-                let sums = &mut sums[index..];
-                forward::forward_head(&head, first, count, q, out, width, sums, heads);
-            }
-        });
-        let output = from_values(output, [tokens, width]);
+        let head = |document, key_head| self.head(k, v, document, key_head);
+        let (output, sums) = attend(&self.options, &self.queries, q, head);
+        let (tokens, width) = (self.queries.tokens(), self.width());
+        let output = output.into_tensor([tokens, width]);
         let saved = Saved { inputs, output: output.clone(), sums: sums.into() };
         (output, saved)
     }
@@ -122,7 +92,8 @@ impl Operation<3> for Attention {
 
         let chunks = |document: usize| self.keys.get(document).len().div_ceil(KEYS);
         let parts = (0..self.keys.documents()).map(chunks).max().unwrap_or(0).max(1);
-        let new = |wanted: bool, length: usize| vec![0.0f32; if wanted { length } else { 0 }];
+        // Zeros where a query sees no key of a part, and where a document has no query.
+        let new = |wanted: bool, length: usize| Buffer::zeros(if wanted { length } else { 0 });
         let mut dq: Vec<_> = (0..parts).map(|_| new(wanted[0], queries * width)).collect();
         let mut dk = new(wanted[1], keys * key_width);
         let mut dv = new(wanted[2], keys * key_width);
@@ -185,11 +156,58 @@ impl Operation<3> for Attention {
             }
         }
         [
-            wanted[0].then(|| from_values(first, [queries, width])),
-            wanted[1].then(|| from_values(dk, [keys, key_width])),
-            wanted[2].then(|| from_values(dv, [keys, key_width])),
+            wanted[0].then(|| first.into_tensor([queries, width])),
+            wanted[1].then(|| dk.into_tensor([keys, key_width])),
+            wanted[2].then(|| dv.into_tensor([keys, key_width])),
         ]
     }
+}
+
+/// Computes output `[queries, heads · head_width]` and log-sum-exp `[queries, heads]`.
+///
+/// `head` gives the keys and values of a document's key head.
+pub(super) fn attend<'a>(
+    options: &AttentionOptions,
+    queries: &Spans,
+    q: &[f32],
+    head: impl Fn(usize, usize) -> Head<'a> + Sync,
+) -> (Buffer, Vec<f32>) {
+    let heads = options.heads;
+    let width = heads * options.head_width;
+    let tokens = queries.tokens();
+    let mut output = Buffer::dirty(tokens * width);
+    let mut sums = vec![0.0; tokens * heads];
+    let mut tasks = Vec::new();
+    let (mut output_left, mut sums_left) = (&mut output[..], &mut sums[..]);
+    for (document, rows) in queries.iter().enumerate() {
+        for first in (0..rows.len()).step_by(ROWS) {
+            let count = ROWS.min(rows.len() - first);
+            let (out, after) = output_left.split_at_mut(count * width);
+            let (sum, sums_after) = sums_left.split_at_mut(count * heads);
+            (output_left, sums_left) = (after, sums_after);
+            let q = &q[(rows.start + first) * width..][..count * width];
+            tasks.push((document, first, count, q, out, sum));
+        }
+    }
+    let group = heads / options.key_heads;
+    each(tasks, |(document, first, count, q, out, sums)| {
+        for index in 0..heads {
+            let head = head(document, index / group);
+            let column = index * head.width;
+            if head.queries <= FEW {
+                for row in 0..count {
+                    let place = row * width + column;
+                    let (q, out) = (&q[place..][..head.width], &mut out[place..][..head.width]);
+                    sums[row * heads + index] = few::query(&head, first + row, q, out);
+                }
+                continue;
+            }
+            let (q, out) = (&q[column..], &mut out[column..]);
+            let sums = &mut sums[index..];
+            forward::forward_head(&head, first, count, q, out, width, sums, heads);
+        }
+    });
+    (output, sums)
 }
 
 /// Computes `Σ output · gradient` for each query and head, `[queries, heads]`.

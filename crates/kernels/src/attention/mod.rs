@@ -2,10 +2,13 @@
 
 mod backward;
 mod block;
+mod cache;
 mod fast;
 mod few;
 mod forward;
 pub mod reference;
+
+pub use cache::{KeyValues, attention_over_cache};
 
 use std::ops::Range;
 

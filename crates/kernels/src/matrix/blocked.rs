@@ -117,15 +117,25 @@ unsafe fn run<T: Tile>(rows: usize, columns: usize, terms: &[Term], start: Start
     }
 }
 
-/// Divides the output into parts of `(rows, columns)`, several for each thread.
+/// Divides the output into parts of `(rows, columns)`, at least two for each thread.
+///
+/// The left factor is packed once for every part across, the right one for every part down, so of
+/// the divisions into enough parts the one is taken that packs least.
 fn parts<T: Tile>(rows: usize, columns: usize, terms: &[Term], threads: usize) -> (usize, usize) {
     let granule = terms.iter().map(|term| term.right.output_granule()).max().unwrap_or(1);
     let granule = granule.next_multiple_of(LANES * T::PANELS);
-    let wanted = if threads == 1 { 1 } else { 3 * threads };
-    let across = columns.div_ceil(T::CHUNK).max(1);
-    // Packing the right factor again for other rows must stay small against multiplying.
-    let down = wanted.div_ceil(across).min(rows.div_ceil(16 * T::ROWS)).max(1);
-    let across = across.max(wanted.div_ceil(down)).min(columns.div_ceil(granule));
+    let wanted = if threads == 1 { 1 } else { 2 * threads };
+    let least_across = columns.div_ceil(T::CHUNK).max(1);
+    let most_across = columns.div_ceil(granule);
+    let most_down = rows.div_ceil(2 * T::ROWS);
+    let packed = |down: usize, across: usize| across * rows + down * columns;
+    let best = (1..=most_down.min(wanted))
+        .map(|down| (down, wanted.div_ceil(down).max(least_across).min(most_across)))
+        // Enough parts first, then little packing.
+        .min_by_key(|(down, across)| {
+            (wanted.saturating_sub(down * across), packed(*down, *across))
+        });
+    let (down, across) = best.unwrap_or((1, least_across));
     let each = |length: usize, parts: usize, granule: usize| {
         length.div_ceil(parts).next_multiple_of(granule)
     };
@@ -146,8 +156,8 @@ struct Step<'a> {
     left: &'a [u32],
     right: &'a [u32],
     units: usize,
-    /// Units of a packed right part.
-    depth: usize,
+    /// Cache lines from one packed right part to the next.
+    stride: usize,
     start: Start<'a>,
 }
 
@@ -166,7 +176,7 @@ impl Product<'_> {
         debug_assert!(rows.end <= self.rows && columns.end <= self.columns);
         let panels = columns.len().div_ceil(LANES);
         for (index, block) in self.blocks.iter().enumerate() {
-            let right = scratch.right.at_least(panels * T::PARTS * block.units * LANES);
+            let right = scratch.right.at_least(panels * T::PARTS * block.stride() * LANES);
             // SAFETY: as the caller promises.
             unsafe {
                 pack::right::<T>(self.terms, block, columns.clone(), right, &mut scratch.rows);
@@ -189,7 +199,7 @@ impl Product<'_> {
                             left: &left[unit..],
                             right: &right[unit * LANES..],
                             units: T::STEP.min(block.units - unit),
-                            depth: block.units,
+                            stride: block.stride(),
                             start: if unit == 0 { start } else { Start::Output },
                         };
                         self.row_of_tiles::<T>(&step, (row, height), &columns, edge);
@@ -210,7 +220,7 @@ impl Product<'_> {
         edge: &mut [u32],
     ) {
         let (left, units, start) = (step.left.as_ptr(), step.units, step.start);
-        let part = step.depth * LANES;
+        let part = step.stride * LANES;
         let width = T::PANELS * LANES;
         for (index, column) in columns.clone().step_by(width).enumerate() {
             let first = step.right[index * T::PANELS * T::PARTS * part..].as_ptr();

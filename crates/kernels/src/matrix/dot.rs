@@ -23,7 +23,7 @@ pub(super) const FEW: usize = 4;
 /// Right rows up to which a product of dense factors is taken here.
 pub(super) const NARROW: usize = 16;
 /// Products below which a second thread costs more than it brings.
-const ALONE: usize = 1 << 15;
+const ALONE: usize = 1 << 18;
 
 /// Dot products of left rows (first index) with right rows.
 pub(super) type Sums = [[f32; FEW]; FEW];

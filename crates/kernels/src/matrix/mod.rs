@@ -10,13 +10,14 @@
 
 #![expect(clippy::single_match_else, reason = "two forms of one thing read best side by side")]
 
-mod blocked;
+pub(crate) mod blocked;
 mod cpu;
 mod dot;
-mod operand;
+pub(crate) mod operand;
 mod outer;
 mod pack;
 mod packed;
+mod peak;
 mod product;
 mod quantized;
 mod scratch;
@@ -27,6 +28,7 @@ mod tile;
 mod vector;
 
 pub use packed::{Form, PackedMatrix, PackedMatrixError, SharedBytes};
+pub use peak::multiply_in_registers;
 pub use product::{product, product_nt, product_tn};
 
 /// How the products of a matrix multiplication are computed.
@@ -36,7 +38,8 @@ pub enum Arithmetic {
     #[default]
     F32,
     /// Factors rounded to bf16, products summed in `f32`, where the processor has an instruction
-    /// for it that is faster than `f32`; as [`Arithmetic::F32`] elsewhere.
+    /// for it that is faster than `f32`; as [`Arithmetic::F32`] elsewhere, and in products that
+    /// reading the matrix takes longer than multiplying (of a few rows or columns).
     Bf16,
 }
 

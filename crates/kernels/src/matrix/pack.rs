@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use half::bf16;
+
 use super::operand::{Operand, Term};
 use super::scratch::Buffer;
 use super::tile::{LANES, Tile};
@@ -22,6 +24,14 @@ pub(crate) struct Block {
     pub(crate) used: usize,
     /// Units with the filling at the end.
     pub(crate) units: usize,
+}
+
+impl Block {
+    /// Cache lines between the parts of a packed right panel, and between its panels: odd, so that
+    /// those written and read at the same time lie in different sets of the cache.
+    pub(crate) fn stride(&self) -> usize {
+        self.units | 1
+    }
 }
 
 /// Cuts the reductions of all terms into blocks, short terms joined to their neighbour's end.
@@ -168,7 +178,7 @@ pub(crate) unsafe fn right<T: Tile>(
     packed: &mut [u32],
     scratch: &mut Buffer,
 ) {
-    let panel = T::PARTS * block.units * LANES;
+    let panel = T::PARTS * block.stride() * LANES;
     let packed = &mut packed[..lanes.len().div_ceil(LANES) * panel];
     for piece in &block.pieces {
         match terms[piece.term].right {
@@ -188,8 +198,8 @@ pub(crate) unsafe fn right<T: Tile>(
             }
         }
     }
-    for packed in packed.chunks_exact_mut(block.units * LANES) {
-        packed[block.used * LANES..].fill(0);
+    for packed in packed.chunks_exact_mut(block.stride() * LANES) {
+        packed[block.used * LANES..block.units * LANES].fill(0);
     }
 }
 
@@ -204,6 +214,13 @@ unsafe fn panel_of_rows<T: Tile>(
 ) {
     let k = piece.range.clone();
     let units = units::<T>(k.len());
+    if let Some(rows) = pairs_of_rows::<T>(right, &k, &lanes) {
+        let panel = &mut panel[piece.unit * LANES..][..units * LANES];
+        // SAFETY: every pointer leads to `units` pairs of a row, and the panel was cut to sixteen
+        // times as many; the caller promises the instructions.
+        unsafe { T::transpose(&rows, units, panel.as_mut_ptr()) }
+        return;
+    }
     // Numbers, units they become, and a row of zeros for lanes that do not exist.
     let scratch = scratch.at_least(k.len() + units + units * T::PARTS * LANES);
     let (numbers, scratch) = scratch.split_at_mut(k.len());
@@ -255,6 +272,26 @@ unsafe fn panel_of_rows<T: Tile>(
     }
 }
 
+/// Finds sixteen rows of bf16 numbers that lie in memory as the pairs a tile multiplies.
+#[expect(clippy::cast_ptr_alignment, reason = "a transpose reads rows of any alignment")]
+fn pairs_of_rows<T: Tile>(
+    right: Operand,
+    k: &Range<usize>,
+    lanes: &Range<usize>,
+) -> Option<[*const u32; LANES]> {
+    let Operand::Frozen(matrix) = right else { return None };
+    let values = matrix.as_bf16()?;
+    if !T::PAIRS || T::PARTS > 1 || lanes.len() < LANES || !k.len().is_multiple_of(2) {
+        return None;
+    }
+    let mut rows = [std::ptr::null(); LANES];
+    for (row, lane) in rows.iter_mut().zip(lanes.clone()) {
+        *row = values[lane * matrix.columns()..][k.clone()].as_ptr().cast::<u32>();
+    }
+    // Big-endian machines would read the pairs the wrong way round.
+    cfg!(target_endian = "little").then_some(rows)
+}
+
 /// # Safety
 /// The processor has the tile's instruction set.
 unsafe fn panels_of_columns<T: Tile>(
@@ -272,10 +309,19 @@ unsafe fn panels_of_columns<T: Tile>(
     joined.fill(0);
     let scratch: &mut [f32] = bytemuck::cast_slice_mut(scratch);
     let (first, second) = scratch.split_at_mut(width);
-    let part = block.units * LANES;
+    let part = block.stride() * LANES;
     let step = if T::PAIRS { 2 } else { 1 };
     for (unit, k) in piece.range.clone().step_by(step).enumerate() {
         let at = (piece.unit + unit) * LANES;
+        if T::PAIRS
+            && T::PARTS == 1
+            && let Some([low, high]) = bf16_rows(right, k..piece.range.end, &lanes)
+        {
+            // SAFETY: as the caller promises.
+            unsafe { T::pair_rows(low, high, &mut joined[..full]) }
+            deal(&joined[..full], &mut packed[at..], part);
+            continue;
+        }
         let low = row(right, k, lanes.clone(), first);
         if T::PAIRS {
             let high = (k + 1 < piece.range.end)
@@ -289,6 +335,18 @@ unsafe fn panels_of_columns<T: Tile>(
             deal(bytemuck::cast_slice(low), &mut packed[at..], part);
         }
     }
+}
+
+/// Finds row `k.start` of a bf16 factor and the one below; an empty one where `k` ends.
+fn bf16_rows<'a>(
+    right: Operand<'a>,
+    k: Range<usize>,
+    lanes: &Range<usize>,
+) -> Option<[&'a [bf16]; 2]> {
+    let Operand::FrozenTransposed(matrix) = right else { return None };
+    let values = matrix.as_bf16()?;
+    let row = |k: usize| &values[k * matrix.columns()..][lanes.clone()];
+    Some([row(k.start), if k.len() > 1 { row(k.start + 1) } else { &[] }])
 }
 
 /// Gives each panel its sixteen units, the last one filled up with zeros.

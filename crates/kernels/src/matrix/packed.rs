@@ -8,7 +8,7 @@ use half::bf16;
 use retune_files::ggml::{BlockType, GgmlError};
 
 use super::operand::{Operand, Start, Term};
-use super::{Arithmetic, blocked, dot};
+use super::{Arithmetic, blocked, dot, quantized};
 
 /// How the numbers of a [`PackedMatrix`] are kept in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -356,6 +356,14 @@ impl PackedMatrix {
         }
     }
 
+    /// The numbers themselves, where they are bf16.
+    pub(crate) fn as_bf16(&self) -> Option<&[bf16]> {
+        match &self.storage {
+            Storage::Bf16(values) => Some(values),
+            _ => None,
+        }
+    }
+
     /// Writes a part of a row that starts and ends at a block's border.
     pub(crate) fn decode(&self, row: usize, columns: Range<usize>, out: &mut [f32]) {
         let numbers = row * self.columns + columns.start..row * self.columns + columns.end;
@@ -369,8 +377,11 @@ impl PackedMatrix {
             Storage::Blocks(kind, bytes) => {
                 let (length, size) = (kind.block_len(), kind.block_bytes());
                 let part = numbers.start / length * size..numbers.end / length * size;
-                let decoded = kind.dequantize(&(**bytes).as_ref()[part], out);
-                debug_assert_eq!(decoded, Ok(()), "parts of a row are whole blocks");
+                let blocks = &(**bytes).as_ref()[part];
+                if !quantized::decode(*kind, blocks, out) {
+                    let decoded = kind.dequantize(blocks, out);
+                    debug_assert_eq!(decoded, Ok(()), "parts of a row are whole blocks");
+                }
             }
         }
     }

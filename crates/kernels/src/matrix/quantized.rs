@@ -13,7 +13,7 @@ use retune_files::ggml::BlockType;
 use super::PackedMatrix;
 use super::dot::{FEW, Rows, Sums};
 use super::packed::Storage;
-use super::vector::Vector;
+use super::vector::{Vector, vectorized};
 
 /// Adds the dot products of a frozen row with up to four left rows to the first column of `sums`,
 /// or answers `false` for forms that are better decoded first.
@@ -128,6 +128,89 @@ unsafe fn pair<V: Vector>(row: &[f32], at: usize) -> [V; 2] {
     unsafe { [V::load(row.as_ptr().add(at)), V::load(row.as_ptr().add(at + 16))] }
 }
 
+/// Writes the numbers of whole blocks, or answers `false` for block types that have no fast way.
+///
+/// The numbers are those of [`BlockType::dequantize`] bit by bit: nothing is fused.
+pub(super) fn decode(kind: BlockType, bytes: &[u8], out: &mut [f32]) -> bool {
+    if !matches!(kind, BlockType::Q8_0 | BlockType::Q4_0 | BlockType::Q4_1) {
+        return false;
+    }
+    assert_eq!(bytes.len() / kind.block_bytes() * kind.block_len(), out.len(), "whole blocks");
+    decode_blocks(kind, bytes, out);
+    true
+}
+
+vectorized!(decode_blocks => write_blocks(kind: BlockType, bytes: &[u8], out: &mut [f32]));
+
+/// # Safety
+/// `out` is as long as the blocks say; the processor has the vector's instructions.
+#[inline(always)]
+unsafe fn write_blocks<V: Vector>(kind: BlockType, bytes: &[u8], out: &mut [f32]) {
+    let out = out.as_chunks_mut::<32>().0;
+    // SAFETY: blocks and pieces of `out` go in pairs; the caller promises the instructions.
+    unsafe {
+        let write = |to: &mut [f32; 32], [low, high]: [V; 2]| {
+            low.store(to.as_mut_ptr());
+            high.store(to[16..].as_mut_ptr());
+        };
+        match kind {
+            BlockType::Q8_0 => {
+                let blocks = bytes.as_chunks::<34>().0;
+                for (blocks, out) in blocks.chunks(16).zip(out.chunks_mut(16)) {
+                    let d = scales::<V, 34, 1>(blocks);
+                    for ((block, out), d) in blocks.iter().zip(out).zip(d) {
+                        let q = [V::from_i8(block[2..].as_ptr()), V::from_i8(block[18..].as_ptr())];
+                        write(out, q.map(|q| q.multiply(V::splat(d))));
+                    }
+                }
+            }
+            BlockType::Q4_0 => {
+                let blocks = bytes.as_chunks::<18>().0;
+                for (blocks, out) in blocks.chunks(16).zip(out.chunks_mut(16)) {
+                    let d = scales::<V, 18, 1>(blocks);
+                    for ((block, out), d) in blocks.iter().zip(out).zip(d) {
+                        let q = V::from_nibbles(block[2..].as_ptr());
+                        write(out, q.map(|q| q.add(V::splat(-8.0)).multiply(V::splat(d))));
+                    }
+                }
+            }
+            _ => {
+                let blocks = bytes.as_chunks::<20>().0;
+                for (blocks, out) in blocks.chunks(8).zip(out.chunks_mut(8)) {
+                    let scales = scales::<V, 20, 2>(blocks);
+                    for (index, (block, out)) in blocks.iter().zip(out).enumerate() {
+                        let (d, m) = (V::splat(scales[index]), V::splat(scales[8 + index]));
+                        write(
+                            out,
+                            V::from_nibbles(block[4..].as_ptr()).map(|q| q.multiply(d).add(m)),
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Reads the `S` halves that some blocks begin with, all blocks' first, then all blocks' second.
+///
+/// Converted sixteen at a time: one by one, this would cost more than the blocks' numbers.
+///
+/// # Safety
+/// At most `16 / S` blocks; the processor has the vector's instructions.
+#[inline(always)]
+unsafe fn scales<V: Vector, const B: usize, const S: usize>(blocks: &[[u8; B]]) -> [f32; 16] {
+    let mut halves = [0; 16];
+    for (index, block) in blocks.iter().enumerate() {
+        for s in 0..S {
+            halves[s * (16 / S) + index] = u16::from_le_bytes([block[2 * s], block[2 * s + 1]]);
+        }
+    }
+    let mut scales = [0.0; 16];
+    // SAFETY: as the caller promises.
+    unsafe { V::from_halves(halves).store(scales.as_mut_ptr()) }
+    scales
+}
+
 /// # Safety
 /// Every left row is as long as the row of blocks; the processor has the vector's instructions.
 #[inline(always)]
@@ -135,13 +218,15 @@ unsafe fn q8_0<V: Vector, const H: usize>(left: [&[f32]; H], row: &[u8]) -> [V; 
     // SAFETY: as the caller promises.
     unsafe {
         let mut sums = [V::splat(0.0); H];
-        for (index, block) in row.as_chunks::<34>().0.iter().enumerate() {
-            let d = V::splat_half(block.as_ptr());
-            let q = [V::from_i8(block[2..].as_ptr()), V::from_i8(block[18..].as_ptr())];
-            for (sum, left) in sums.iter_mut().zip(left) {
-                let [low, high] = pair::<V>(left, 32 * index);
-                let dot = high.multiply_add(q[1], low.multiply(q[0]));
-                *sum = dot.multiply_add(d, *sum);
+        for (run, blocks) in row.as_chunks::<34>().0.chunks(16).enumerate() {
+            let d = scales::<V, 34, 1>(blocks);
+            for (index, (block, d)) in blocks.iter().zip(d).enumerate() {
+                let q = [V::from_i8(block[2..].as_ptr()), V::from_i8(block[18..].as_ptr())];
+                for (sum, left) in sums.iter_mut().zip(left) {
+                    let [low, high] = pair::<V>(left, 32 * (16 * run + index));
+                    let dot = high.multiply_add(q[1], low.multiply(q[0]));
+                    *sum = dot.multiply_add(V::splat(d), *sum);
+                }
             }
         }
         sums
@@ -156,14 +241,16 @@ unsafe fn q4_0<V: Vector, const H: usize>(left: [&[f32]; H], row: &[u8]) -> [V; 
     unsafe {
         let mut sums = [V::splat(0.0); H];
         let shift = V::splat(-8.0);
-        for (index, block) in row.as_chunks::<18>().0.iter().enumerate() {
-            let d = V::splat_half(block.as_ptr());
-            let q = V::from_nibbles(block[2..].as_ptr());
-            let q = [q[0].add(shift), q[1].add(shift)];
-            for (sum, left) in sums.iter_mut().zip(left) {
-                let [low, high] = pair::<V>(left, 32 * index);
-                let dot = high.multiply_add(q[1], low.multiply(q[0]));
-                *sum = dot.multiply_add(d, *sum);
+        for (run, blocks) in row.as_chunks::<18>().0.chunks(16).enumerate() {
+            let d = scales::<V, 18, 1>(blocks);
+            for (index, (block, d)) in blocks.iter().zip(d).enumerate() {
+                let [low, high] = V::from_nibbles(block[2..].as_ptr());
+                let q = [low.add(shift), high.add(shift)];
+                for (sum, left) in sums.iter_mut().zip(left) {
+                    let [low, high] = pair::<V>(left, 32 * (16 * run + index));
+                    let dot = high.multiply_add(q[1], low.multiply(q[0]));
+                    *sum = dot.multiply_add(V::splat(d), *sum);
+                }
             }
         }
         sums
@@ -176,18 +263,23 @@ unsafe fn q4_0<V: Vector, const H: usize>(left: [&[f32]; H], row: &[u8]) -> [V; 
 unsafe fn q4_1<V: Vector, const H: usize>(left: [&[f32]; H], row: &[u8]) -> [V; H] {
     // SAFETY: as the caller promises.
     unsafe {
-        let mut sums = [V::splat(0.0); H];
-        for (index, block) in row.as_chunks::<20>().0.iter().enumerate() {
-            let (d, m) = (V::splat_half(block.as_ptr()), V::splat_half(block[2..].as_ptr()));
-            let q = V::from_nibbles(block[4..].as_ptr());
-            // Decoded rather than summed apart: sums of q·d and of m would cancel.
-            let values = [q[0].multiply_add(d, m), q[1].multiply_add(d, m)];
-            for (sum, left) in sums.iter_mut().zip(left) {
-                let [low, high] = pair::<V>(left, 32 * index);
-                *sum = high.multiply_add(values[1], low.multiply_add(values[0], *sum));
+        // Two chains of additions: one would wait for itself.
+        let mut sums = [[V::splat(0.0); 2]; H];
+        for (run, blocks) in row.as_chunks::<20>().0.chunks(8).enumerate() {
+            let scales = scales::<V, 20, 2>(blocks);
+            for (index, block) in blocks.iter().enumerate() {
+                let (d, m) = (V::splat(scales[index]), V::splat(scales[8 + index]));
+                let [low, high] = V::from_nibbles(block[4..].as_ptr());
+                // Decoded rather than summed apart: sums of q·d and of m would cancel.
+                let values = [low.multiply_add(d, m), high.multiply_add(d, m)];
+                for (sum, left) in sums.iter_mut().zip(left) {
+                    let [low, high] = pair::<V>(left, 32 * (8 * run + index));
+                    let low = low.multiply_add(values[0], sum[0]);
+                    *sum = [low, high.multiply_add(values[1], sum[1])];
+                }
             }
         }
-        sums
+        sums.map(|[low, high]| low.add(high))
     }
 }
 
@@ -197,27 +289,28 @@ unsafe fn q4_1<V: Vector, const H: usize>(left: [&[f32]; H], row: &[u8]) -> [V; 
 unsafe fn q4_k<V: Vector, const H: usize>(left: [&[f32]; H], row: &[u8]) -> [V; H] {
     // SAFETY: as the caller promises.
     unsafe {
-        let mut sums = [V::splat(0.0); H];
+        let mut sums = [[V::splat(0.0); 2]; H];
         for (index, block) in row.as_chunks::<144>().0.iter().enumerate() {
-            let (d, least) = (V::splat_half(block.as_ptr()), V::splat_half(block[2..].as_ptr()));
+            let scales = scales::<V, 144, 2>(std::slice::from_ref(block));
+            let (d, least) = (scales[0], scales[8]);
             // Thirty-two bytes hold a group of 32 in their low halves and the next in their high.
             for two in 0..4 {
                 let bytes = block[16 + 32 * two..].as_ptr();
                 let [first, second] = [V::from_nibbles(bytes), V::from_nibbles(bytes.add(16))];
                 for (group, (first, second)) in first.into_iter().zip(second).enumerate() {
                     let [scale, minimum] = scale_and_minimum(&block[4..16], 2 * two + group);
-                    let d = d.multiply(V::splat(scale));
-                    let m = least.multiply(V::splat(-minimum));
+                    let (d, m) = (V::splat(d * scale), V::splat(-least * minimum));
                     let values = [first.multiply_add(d, m), second.multiply_add(d, m)];
                     let at = 256 * index + 64 * two + 32 * group;
                     for (sum, left) in sums.iter_mut().zip(left) {
                         let [low, high] = pair::<V>(left, at);
-                        *sum = high.multiply_add(values[1], low.multiply_add(values[0], *sum));
+                        let low = low.multiply_add(values[0], sum[0]);
+                        *sum = [low, high.multiply_add(values[1], sum[1])];
                     }
                 }
             }
         }
-        sums
+        sums.map(|[low, high]| low.add(high))
     }
 }
 

@@ -143,6 +143,76 @@ fn frozen_products_are_those_of_the_numbers_they_stand_for() {
     }
 }
 
+/// Random blocks whose scales are the half 2⁻⁸.
+fn random_blocks(numbers: &mut Numbers, kind: BlockType, count: usize) -> SharedBytes {
+    let scales: &[usize] = match kind {
+        BlockType::Q6_K => &[208],
+        BlockType::Q5_0 => &[0],
+        _ => &[0, 2],
+    };
+    let mut bytes: Vec<u8> =
+        (0..count * kind.block_bytes()).map(|_| numbers.next() as u8).collect();
+    for block in bytes.chunks_exact_mut(kind.block_bytes()) {
+        for scale in scales {
+            block[*scale..][..2].copy_from_slice(&0x1c00_u16.to_le_bytes());
+        }
+    }
+    Arc::new(bytes)
+}
+
+#[test]
+fn blocks_that_are_only_read_multiply_too() {
+    let mut numbers = Numbers(4);
+    for kind in
+        [BlockType::Q5_0, BlockType::Q5_1, BlockType::Q4_K, BlockType::Q5_K, BlockType::Q6_K]
+    {
+        // 3328 divides into blocks of the reduction only where their border is a block's.
+        for (rows, columns) in [(5, 256), (40, 768), (17, 3328)] {
+            let count = rows * columns / kind.block_len();
+            let bytes = random_blocks(&mut numbers, kind, count);
+            let matrix = PackedMatrix::from_blocks(rows, columns, kind, bytes).unwrap();
+            let dense = matrix.to_f32();
+            let size = dense.iter().fold(0.0_f32, |size, x| size.max(x.abs()));
+            for n in [1, 3, 20] {
+                let what = format!("{kind}: {n}x{rows}x{columns}");
+                let (x, dy) = (normal(&mut numbers, n * columns), normal(&mut numbers, n * rows));
+                let want = expected(n, rows, columns, &x, &dense, &vec![0.0; n * rows]);
+                let mut got = vec![f32::NAN; n * rows];
+                matrix.multiply(&x, n, &mut got, None);
+                close(&what, &got, &want, columns, 1e-5 * f64::from(size));
+                let turned = transposed(&dense, rows, columns);
+                let want = expected(n, columns, rows, &dy, &turned, &vec![0.0; n * columns]);
+                let mut got = vec![f32::NAN; n * columns];
+                matrix.multiply_transposed(&dy, n, &mut got);
+                close(&what, &got, &want, rows, 1e-5 * f64::from(size));
+            }
+        }
+    }
+}
+
+#[test]
+fn split_products_are_as_exact_as_f32() {
+    let mut numbers = Numbers(5);
+    let (m, n, k) = (64, 96, 1536);
+    let (a, b) = (normal(&mut numbers, m * k), normal(&mut numbers, n * k));
+    let want = expected(m, n, k, &a, &b, &vec![0.0; m * n]);
+    let error = |kernel: Kernel| {
+        let (left, right) = (Operand::rows(&a, k), Operand::rows(&b, k));
+        let mut got = vec![0.0; m * n];
+        let terms = [Term { left, right, length: k }];
+        blocked::multiply_with(kernel, m, n, &terms, Start::Zero, &mut got);
+        let squares = got.iter().zip(&want).map(|(got, want)| (f64::from(*got) - want).powi(2));
+        (squares.sum::<f64>() / want.len() as f64).sqrt()
+    };
+    let plain = error(Kernel::plain());
+    for kernel in Kernel::available() {
+        if !kernel.rounds_to_bf16() {
+            let error = error(kernel);
+            assert!(error <= 3.0 * plain, "{kernel:?} is off by {error}, plain f32 by {plain}");
+        }
+    }
+}
+
 #[test]
 fn bits_do_not_depend_on_the_number_of_threads() {
     let mut numbers = Numbers(3);

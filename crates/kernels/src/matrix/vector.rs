@@ -32,8 +32,8 @@ pub(crate) trait Vector: Copy {
     unsafe fn from_bf16(from: *const u16) -> Self;
     /// Reads sixteen bytes as the numbers in their low and in their high halves.
     unsafe fn from_nibbles(from: *const u8) -> [Self; 2];
-    /// Reads one IEEE half into all sixteen places.
-    unsafe fn splat_half(from: *const u8) -> Self;
+    /// Reads sixteen IEEE halves.
+    unsafe fn from_halves(halves: [u16; 16]) -> Self;
 }
 
 /// Runs a function generic over [`Vector`] with this machine's best instructions.
@@ -148,11 +148,8 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
-    unsafe fn splat_half(from: *const u8) -> Self {
-        // SAFETY: the caller promises two bytes.
-        let bits = unsafe { from.cast::<u16>().read_unaligned() };
-        // SAFETY: plain arrays need no instructions.
-        unsafe { Self::splat(f16::from_bits(u16::from_le(bits)).to_f32()) }
+    unsafe fn from_halves(halves: [u16; 16]) -> Self {
+        Self(halves.map(|half| f16::from_bits(half).to_f32()))
     }
 }
 
@@ -240,11 +237,8 @@ pub(crate) mod avx512 {
         }
 
         #[inline(always)]
-        unsafe fn splat_half(from: *const u8) -> Self {
-            unsafe {
-                let bits = from.cast::<i16>().read_unaligned();
-                Self(_mm512_cvtph_ps(_mm256_set1_epi16(bits)))
-            }
+        unsafe fn from_halves(halves: [u16; 16]) -> Self {
+            unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(halves.as_ptr().cast()))) }
         }
     }
 }
@@ -353,11 +347,11 @@ pub(crate) mod avx2 {
         }
 
         #[inline(always)]
-        unsafe fn splat_half(from: *const u8) -> Self {
+        unsafe fn from_halves(halves: [u16; 16]) -> Self {
             unsafe {
-                let bits = from.cast::<i16>().read_unaligned();
-                let eight = _mm256_cvtph_ps(_mm_set1_epi16(bits));
-                Self(eight, eight)
+                let eight =
+                    |at: usize| _mm256_cvtph_ps(_mm_loadu_si128(halves[at..].as_ptr().cast()));
+                Self(eight(0), eight(8))
             }
         }
     }

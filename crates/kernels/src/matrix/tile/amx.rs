@@ -5,6 +5,8 @@ use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
 use std::sync::OnceLock;
 
+use half::bf16;
+
 use super::{LANES, Panels, Tile, TileOutput, TileStart, avx512, avx512_bf16};
 
 pub(crate) struct Amx;
@@ -52,6 +54,11 @@ impl Tile for Amx {
     unsafe fn join_rows(first: &[f32], second: Option<&[f32]>, units: &mut [u32], _: usize) {
         // SAFETY: as the caller promises.
         unsafe { avx512_bf16::join_rows(first, second, units) }
+    }
+
+    unsafe fn pair_rows(first: &[bf16], second: &[bf16], units: &mut [u32]) {
+        // SAFETY: as the caller promises.
+        unsafe { avx512_bf16::pair_rows(first, second, units) }
     }
 }
 
@@ -229,6 +236,48 @@ tile!(
         "tilestored [{to} + {to_stride}*1 + 64], tmm3"
     )
 );
+
+/// Multiplies tiles in registers, four independent sums at a time.
+///
+/// # Safety
+/// The process may use AMX.
+pub(in super::super) unsafe fn spin(rounds: usize) {
+    let zeros = [0_u8; 1024];
+    // SAFETY: the caller promises AMX; the eight tiles are configured and read zeros only.
+    unsafe {
+        session(|| {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "tileloadd tmm4, [{zeros} + {stride}*1]",
+                "tileloadd tmm5, [{zeros} + {stride}*1]",
+                "tileloadd tmm6, [{zeros} + {stride}*1]",
+                "tileloadd tmm7, [{zeros} + {stride}*1]",
+                "test {n}, {n}",
+                "jz 3f",
+                "2:",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "dec {n}",
+                "jnz 2b",
+                "3:",
+                zeros = in(reg) zeros.as_ptr(),
+                stride = in(reg) 64_usize,
+                n = inout(reg) rounds => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack, readonly),
+            );
+        });
+    }
+}
+
+/// Operations of one round of [`spin`].
+pub(in super::super) const SPIN: u64 = 4 * 2 * 16 * 16 * 32;
 
 /// Tells whether the processor has AMX's tiles and bf16 products, permitted or not.
 pub(crate) fn is_in_processor() -> bool {

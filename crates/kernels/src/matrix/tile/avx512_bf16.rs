@@ -4,6 +4,8 @@
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
+use half::bf16;
+
 use super::avx512::{DEPTH, by_rows, finish, start};
 use super::{LANES, Panels, Tile, TileOutput, avx512, portable};
 
@@ -35,6 +37,17 @@ impl Tile for Avx512Bf16 {
         // SAFETY: as the caller promises.
         unsafe { join_rows(first, second, units) }
     }
+
+    unsafe fn pair_rows(first: &[bf16], second: &[bf16], units: &mut [u32]) {
+        // SAFETY: as the caller promises.
+        unsafe { pair_rows(first, second, units) }
+    }
+}
+
+/// Does [`Tile::pair_rows`] with the widest vectors.
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) fn pair_rows(first: &[bf16], second: &[bf16], units: &mut [u32]) {
+    portable::pair_rows(first, second, units);
 }
 
 /// # Safety
@@ -108,3 +121,23 @@ pub(super) fn join_rows(first: &[f32], second: Option<&[f32]>, units: &mut [u32]
     }
     portable::join_rows(rest, Some(other_rest), &mut units[blocks.len() * 16..]);
 }
+
+/// Multiplies in registers, sixteen independent sums at a time.
+///
+/// # Safety
+/// The processor has the instructions.
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(in super::super) unsafe fn spin(rounds: usize, value: f32) -> f32 {
+    // SAFETY: `__m512` and `__m512bh` are both 64 plain bytes.
+    let factor: __m512bh = unsafe { transmute(_mm512_set1_ps(value)) };
+    let mut sums = [_mm512_set1_ps(value); 16];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = _mm512_dpbf16_ps(*sum, factor, factor);
+        }
+    }
+    sums.into_iter().map(|sum| _mm512_reduce_add_ps(sum)).sum()
+}
+
+/// Operations of one round of [`spin`].
+pub(in super::super) const SPIN: u64 = 16 * 2 * 32;

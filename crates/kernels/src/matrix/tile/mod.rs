@@ -4,6 +4,8 @@
 //! row-major `[rows][PARTS][DEPTH / PARTS]` units, packed right panels are
 //! `[panel][PARTS][unit][16 outputs]`; there is more than one part where an `f32` is split.
 
+use half::bf16;
+
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
@@ -110,8 +112,8 @@ pub(crate) trait Tile {
     /// Turns sixteen rows into a panel: `panel[unit * 16 + row] = rows[row][unit]`.
     ///
     /// # Safety
-    /// The processor has the instruction set; every pointer can be read for `units` units, and
-    /// `panel` written for sixteen times as many.
+    /// The processor has the instruction set; every pointer, of any alignment, can be read for
+    /// `units` units, and `panel` written for sixteen times as many.
     unsafe fn transpose(rows: &[*const u32; LANES], units: usize, panel: *mut u32) {
         // SAFETY: as the caller promises.
         unsafe { portable::transpose(rows, units, panel) }
@@ -132,6 +134,14 @@ pub(crate) trait Tile {
     /// # Safety
     /// The processor has the instruction set.
     unsafe fn join_rows(first: &[f32], second: Option<&[f32]>, units: &mut [u32], part: usize);
+
+    /// Does [`Self::join_rows`] with numbers that are bf16 already; an empty second row is zero.
+    ///
+    /// # Safety
+    /// The processor has the instruction set.
+    unsafe fn pair_rows(first: &[bf16], second: &[bf16], units: &mut [u32]) {
+        portable::pair_rows(first, second, units);
+    }
 }
 
 /// For tiles of single numbers, which join nothing.

@@ -5,6 +5,8 @@
     reason = "compiled once more inside each instruction set's functions"
 )]
 
+use half::bf16;
+
 use super::{LANES, Panels, Tile, TileOutput, TileStart, no_pairs};
 
 pub(crate) struct Portable;
@@ -122,6 +124,18 @@ pub(super) fn join_rows(first: &[f32], second: Option<&[f32]>, units: &mut [u32]
             for (low, unit) in first.iter().zip(units) {
                 *unit = round(*low);
             }
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn pair_rows(first: &[bf16], second: &[bf16], units: &mut [u32]) {
+    for ((low, high), unit) in first.iter().zip(second).zip(units.iter_mut()) {
+        *unit = u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16;
+    }
+    if second.is_empty() {
+        for (low, unit) in first.iter().zip(units) {
+            *unit = u32::from(low.to_bits());
         }
     }
 }
