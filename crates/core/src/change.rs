@@ -410,6 +410,12 @@ impl Changes {
         sites.find(|(site, list)| list.iter().any(|c| far(**site, &**c))).map(|(site, _)| *site)
     }
 
+    /// Returns whether a change adds tokens or looks at attention or at documents across tokens:
+    /// such a change knows one text per document only.
+    pub fn reads_documents(&self) -> bool {
+        !self.inputs.is_empty() || !self.attention.is_empty() || !self.read_layers.is_empty()
+    }
+
     /// Returns the blocks that hold a change of states or attention.
     pub fn changed_layers(&self) -> impl Iterator<Item = usize> {
         self.changed_sites().filter_map(Site::layer).chain(self.attention.keys().copied())

@@ -32,6 +32,8 @@ pub struct Rope {
 #[derive(Debug, Default)]
 pub struct KeyValueCache {
     layers: BTreeMap<usize, Vec<KeyValues>>,
+    /// The same for models that compute attention themselves.
+    slots: BTreeMap<usize, Vec<(Tensor<2>, Tensor<2>)>>,
     history: History,
 }
 
@@ -52,6 +54,9 @@ impl KeyValueCache {
                 if last[*place] == at { document.take() } else { document.clone() }
             };
             documents.extend(keep.iter().enumerate().filter_map(take));
+        }
+        for documents in self.slots.values_mut() {
+            *documents = keep.iter().map(|place| documents[*place].clone()).collect();
         }
         self.history.select(keep);
     }
@@ -97,6 +102,17 @@ impl<'a> Pass<'a> {
         mode: Mode,
     ) -> Result<Self> {
         batch.check(weights.spec(), changes.num_positions())?;
+        if weights.spec().decoder_start().is_some() && changes.reads_documents() {
+            return Err(Error::Unsupported {
+                what: format!(
+                    "virtual tokens, prefixes or changes across layers on {}",
+                    weights.spec().class
+                ),
+                help: "on an encoder-decoder use a method that changes weights or states of \
+                       single tokens, e.g. lora or ia3"
+                    .to_owned(),
+            });
+        }
         if let Some(count) = changes.num_tasks() {
             batch.check_tasks(count)?;
         }
@@ -419,7 +435,7 @@ impl<'a> Pass<'a> {
             let (k, v) = new.ok_or_else(missing)?;
             return Ok((k, v, spans.clone()));
         };
-        let documents = cache.layers.entry(slot).or_default();
+        let documents = cache.slots.entry(slot).or_default();
         for (place, span) in spans.iter().enumerate() {
             let part = new.as_ref().filter(|_| !span.is_empty()).map(|(k, v)| {
                 let part = |x: &Tensor<2>| x.clone().slice_dim(0, span.clone());
