@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::compress::{CompressArguments, DecompressArguments};
+use crate::commands::diff::DiffArguments;
 
 /// Tunes pretrained models without Python: few parameters, chosen settings, an ordinary processor.
 #[derive(Debug, Parser)]
@@ -133,6 +134,8 @@ pub(crate) enum Command {
     Compress(CompressArguments),
     /// Writes a compressed adapter as an ordinary one.
     Decompress(DecompressArguments),
+    /// Shows what changed between two models or two adapters, tensor by tensor.
+    Diff(DiffArguments),
     /// Shows template, mask, trainable list and forecasts before step 1.
     Doctor {
         /// The recipe.

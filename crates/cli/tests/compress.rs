@@ -104,6 +104,21 @@ fn an_adapter_is_compressed_used_and_written_out_again() {
     let other = ["generate", "--model", "merged", "--prompt", "a", "--adapter", "change.compeft"];
     refused(folder, &other, "another base");
 
+    // What differs between a model and its merged copy is what the adapter targets, at its rank.
+    let cache = std::fs::read_dir(folder.join("cache/builtin")).unwrap().next().unwrap().unwrap();
+    let base = cache.path().display().to_string();
+    let found = json(folder, &["diff", &base, "merged", "--svg", "map.svg"]);
+    let tensors = found["tensors"].as_array().unwrap();
+    let changed: Vec<_> = tensors.iter().filter(|t| t["norm"].as_f64() > Some(0.0)).collect();
+    assert_eq!((tensors.len(), changed.len()), (38, 28), "{found}");
+    assert!(changed.iter().all(|t| t["rank_99"].as_u64().unwrap() <= 4), "{found}");
+    assert!(std::fs::read_to_string(folder.join("map.svg")).unwrap().contains("q_proj"));
+    let out = retune(folder, &["diff", adapter, "small"]);
+    assert!(text(&out.stdout).contains("rank of 99 %"), "{}", text(&out.stderr));
+    let out = retune(folder, &["diff", "merged", "merged"]);
+    assert!(text(&out.stdout).contains("no tensor differs"), "{}", text(&out.stderr));
+    refused(folder, &["diff", "merged", adapter], "same name");
+
     refused(folder, &["compress", adapter, "--output", "small"], "exists already");
     refused(folder, &["compress", "small", "--output", "x"], "compressed already");
     refused(folder, &["compress", adapter, "--density", "2", "--output", "x"], "at most 1");

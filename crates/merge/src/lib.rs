@@ -4,16 +4,19 @@
 
 mod card;
 pub mod compeft;
+pub mod diff;
 mod error;
 pub mod layers;
 mod lora;
 pub mod methods;
 mod model;
+pub mod pairs;
 pub mod plan;
 mod resolve;
 mod run;
 pub mod setting;
 pub mod source;
+pub mod spectrum;
 pub mod update;
 mod vocabulary;
 pub mod writer;

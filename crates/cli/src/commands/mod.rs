@@ -4,6 +4,7 @@ mod chat;
 mod compare;
 pub(crate) mod compress;
 mod describe;
+pub(crate) mod diff;
 mod docs;
 mod doctor;
 mod eval;
@@ -46,6 +47,7 @@ pub(crate) fn dispatch(arguments: Arguments) -> Result<(), Failure> {
         }
         Command::Compress(arguments) => compress::compress(&arguments, json),
         Command::Decompress(arguments) => compress::decompress(&arguments, json),
+        Command::Diff(arguments) => diff::diff(&arguments, json),
         Command::Doctor { recipe, rows } => doctor::doctor(&recipe, rows, json),
         Command::Methods { name } => describe::methods(name.as_deref(), json),
         Command::Models => {

@@ -2,6 +2,7 @@
 //!
 //! Everything here takes plain numbers and text; no tensor, model or clock is involved.
 
+pub mod heatmap;
 pub mod plot;
 pub mod report;
 pub mod scatter;
