@@ -4,8 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::commands::combine::CombineArguments;
 use crate::commands::compress::{CompressArguments, DecompressArguments};
 use crate::commands::diff::DiffArguments;
+use crate::commands::extract::ExtractArguments;
 
 /// Tunes pretrained models without Python: few parameters, chosen settings, an ordinary processor.
 #[derive(Debug, Parser)]
@@ -134,6 +136,10 @@ pub(crate) enum Command {
     Compress(CompressArguments),
     /// Writes a compressed adapter as an ordinary one.
     Decompress(DecompressArguments),
+    /// Makes one adapter of several, or adds several to a model.
+    Combine(CombineArguments),
+    /// Extracts a LoRA adapter from a full tune.
+    Extract(ExtractArguments),
     /// Shows what changed between two models or two adapters, tensor by tensor.
     Diff(DiffArguments),
     /// Shows template, mask, trainable list and forecasts before step 1.

@@ -126,3 +126,67 @@ fn an_adapter_is_compressed_used_and_written_out_again() {
     let out = retune(folder, &["compress", adapter, "--search", "alpha", "--output", "x"]);
     assert_eq!(out.status.code(), Some(2), "a search needs a recipe");
 }
+
+#[test]
+fn adapters_are_combined_and_extracted() {
+    let home = tempfile::tempdir().unwrap();
+    let folder = home.path();
+    trained(folder);
+    let adapter = "runs/small-1/adapter";
+    let loss = |adapter: &str| {
+        let eval = json(folder, &["eval", "small.toml", "--adapter", adapter]);
+        eval["measurement"]["metrics"]["loss"]["value"].as_f64().unwrap()
+    };
+    let expected = loss(adapter);
+    let close = |what: &str, found: f64| {
+        assert!((found - expected).abs() < 1e-4, "{what}: loss {found}, expected {expected}");
+    };
+
+    // Halves of the same adapter make the whole one, side by side or factored again.
+    let halves = ["combine", adapter, adapter, "--weights", "0.5,0.5", "--output"];
+    json(folder, &[&halves[..], &["both"]].concat());
+    close("cat", loss("both"));
+    let svd = [&halves[..], &["svd", "--type", "svd", "--rank", "4"]].concat();
+    let found = json(folder, &svd);
+    assert!(found["kept"].as_f64().unwrap() > 0.999_999, "{found}");
+    close("svd", loss("svd"));
+    assert!(folder.join("svd/README.md").is_file());
+    // Twice it less once it.
+    json(folder, &["combine", adapter, adapter, "--weights", "2,-1", "--output", "less"]);
+    close("a negative weight", loss("less"));
+
+    // The same on the weights themselves, with a compressed one among them that weighs nothing.
+    json(folder, &["compress", adapter, "--density", "0.5", "--output", "small.compeft"]);
+    let compose = ["combine", adapter, adapter, "small.compeft", "--weights", "0.25,0.75,0"];
+    json(folder, &[&compose[..], &["--base", "builtin:tiny", "--output", "composed"]].concat());
+    let model = ["--model", "builtin:tiny", "--adapter", adapter];
+    json(folder, &[&["merge-adapter", "--output", "merged"], &model[..]].concat());
+    let found = json(folder, &["diff", "merged", "composed", "--no-ranks"]);
+    assert!(found["total"]["relative"].as_f64().unwrap() < 1e-7, "{}", found["total"]);
+
+    // The adapter comes back out of the merged model.
+    let extract = ["extract", "merged", "--base", "builtin:tiny", "--rank"];
+    let found = json(folder, &[&extract[..], &["4", "--output", "lora"]].concat());
+    assert!(found["kept"].as_f64().unwrap() > 0.999_999, "{found}");
+    assert_eq!(found["layers"].as_array().unwrap().len(), 5, "{found}");
+    assert_eq!(found["left_out"].as_array().unwrap().len(), 0);
+    close("extracted", loss("lora"));
+    let text = std::fs::read_to_string(folder.join("lora/adapter_config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!((&config["r"], config["target_modules"].as_array().unwrap().len()), (&4.into(), 7));
+    let found = json(folder, &[&extract[..], &["1", "--output", "one"]].concat());
+    let kept = found["kept"].as_f64().unwrap();
+    assert!(kept > 0.1 && kept < 0.99, "{found}");
+
+    let merged = folder.join("merged").display().to_string();
+    let same = ["extract", &merged, "--base", &merged, "--rank", "2", "--output", "x"];
+    refused(folder, &same, "nothing to extract");
+    refused(folder, &[&halves[..], &["both"]].concat(), "exists already");
+    refused(folder, &[&halves[..], &["x", "--type", "ties"]].concat(), "density");
+    refused(folder, &[&halves[..], &["x", "--type", "tiez"]].concat(), "ties");
+    let inside = format!("{adapter}/x");
+    refused(folder, &[&halves[..], &[inside.as_str()]].concat(), "inside");
+    refused(folder, &["combine", adapter, "--weights", "1,2", "--output", "x"], "expected one");
+    refused(folder, &["combine", "composed", adapter, "--output", "x"], "adapter_config.json");
+    assert!(!folder.join("x").exists());
+}

@@ -16,6 +16,7 @@ pub mod plan;
 mod resolve;
 mod run;
 pub mod setting;
+pub mod extract;
 pub mod source;
 pub mod spectrum;
 pub mod update;

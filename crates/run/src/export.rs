@@ -63,16 +63,33 @@ pub fn write_merged(
     card: &str,
     path: &Path,
 ) -> Result<()> {
-    check_mergeable(tuned)?;
+    write_weights(&[tuned], tuned.model.spec(), tokenizer, dtype, card, path, |weight| {
+        merged(tuned, weight)
+    })
+}
+
+/// Writes weights computed from one or several tuned models as a Hugging Face folder.
+///
+/// # Errors
+/// As [`write_merged`]; those of `values`.
+pub fn write_weights(
+    tuned: &[&Tuned<'_>],
+    spec: &ModelSpec,
+    tokenizer: Option<&Tokenizer>,
+    dtype: Dtype,
+    card: &str,
+    path: &Path,
+    values: impl FnMut(&WeightSpec) -> retune_core::Result<Vec<f32>>,
+) -> Result<()> {
+    for tuned in tuned {
+        check_mergeable(tuned)?;
+    }
     let mut others: Vec<(String, Vec<u8>)> = Vec::new();
     for (name, text) in tokenizer.map(Tokenizer::to_folder_files).transpose()?.unwrap_or_default() {
         others.push((name.to_owned(), text.into_bytes()));
     }
     others.push(("README.md".to_owned(), card.as_bytes().to_vec()));
-    let spec = tuned.model.spec();
-    Ok(retune_models::export::write_folder(path, spec, dtype, SHARD_BYTES, &others, |weight| {
-        merged(tuned, weight)
-    })?)
+    Ok(retune_models::export::write_folder(path, spec, dtype, SHARD_BYTES, &others, values)?)
 }
 
 /// Writes a tuned model as one GGUF file.

@@ -2,6 +2,7 @@
 
 mod chat;
 mod compare;
+pub(crate) mod combine;
 pub(crate) mod compress;
 mod describe;
 pub(crate) mod diff;
@@ -9,6 +10,7 @@ mod docs;
 mod doctor;
 mod eval;
 mod export;
+pub(crate) mod extract;
 mod generate;
 mod logits;
 mod new;
@@ -47,6 +49,8 @@ pub(crate) fn dispatch(arguments: Arguments) -> Result<(), Failure> {
         }
         Command::Compress(arguments) => compress::compress(&arguments, json),
         Command::Decompress(arguments) => compress::decompress(&arguments, json),
+        Command::Combine(arguments) => combine::combine(&arguments, json),
+        Command::Extract(arguments) => extract::extract(&arguments, json),
         Command::Diff(arguments) => diff::diff(&arguments, json),
         Command::Doctor { recipe, rows } => doctor::doctor(&recipe, rows, json),
         Command::Methods { name } => describe::methods(name.as_deref(), json),
