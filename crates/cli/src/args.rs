@@ -8,6 +8,7 @@ use crate::commands::combine::CombineArguments;
 use crate::commands::compress::{CompressArguments, DecompressArguments};
 use crate::commands::diff::DiffArguments;
 use crate::commands::extract::ExtractArguments;
+use crate::commands::ship::ShipArguments;
 
 /// Tunes pretrained models without Python: few parameters, chosen settings, an ordinary processor.
 #[derive(Debug, Parser)]
@@ -140,6 +141,8 @@ pub(crate) enum Command {
     Combine(CombineArguments),
     /// Extracts a LoRA adapter from a full tune.
     Extract(ExtractArguments),
+    /// Measures five ways to ship an adapter with a quantised base, and writes one.
+    Ship(ShipArguments),
     /// Shows what changed between two models or two adapters, tensor by tensor.
     Diff(DiffArguments),
     /// Shows template, mask, trainable list and forecasts before step 1.

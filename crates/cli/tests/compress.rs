@@ -190,3 +190,49 @@ fn adapters_are_combined_and_extracted() {
     refused(folder, &["combine", "composed", adapter, "--output", "x"], "adapter_config.json");
     assert!(!folder.join("x").exists());
 }
+
+#[test]
+fn five_ways_to_ship_are_measured() {
+    let home = tempfile::tempdir().unwrap();
+    let folder = home.path();
+    trained(folder);
+    let adapter = "runs/small-1/adapter";
+    let ship = ["ship", "small.toml", "--adapter", adapter];
+    let found = json(folder, &ship);
+    let ways = found["ways"].as_array().unwrap();
+    let value = |way: &str, key: &str| {
+        let way = ways.iter().find(|found| found["way"] == way).unwrap();
+        way[key].as_f64().unwrap()
+    };
+    assert_eq!(ways.len(), 5, "{found}");
+    assert_eq!(value("attached", "divergence"), 0.0);
+    // The same in exact arithmetic; the others are not.
+    assert!(value("dequantised-merged", "divergence").abs() < 1e-6, "{found}");
+    for way in ["merged", "merged-quantised", "dequantised-merged-quantised"] {
+        assert!(value(way, "divergence") > 1e-4, "{way}: {found}");
+    }
+    let eight = json(folder, &[&ship[..], &["--quantise", "q8_0"]].concat());
+    let finer = eight["ways"][2]["divergence"].as_f64().unwrap();
+    assert!(finer < value("merged-quantised", "divergence") / 5.0, "{eight}");
+
+    // What is written is what was measured.
+    json(folder, &[&ship[..], &["--way", "dequantised-merged", "--output", "out"]].concat());
+    let eval = json(folder, &["eval", "small.toml", "--set", "model=out"]);
+    let loss = eval["measurement"]["metrics"]["loss"]["value"].as_f64().unwrap();
+    assert!((loss - value("attached", "loss")).abs() < 1e-4, "{loss}, {found}");
+    // A quantised way is the export of what was merged, to the byte.
+    std::fs::create_dir(folder.join("other")).unwrap();
+    let eight = [&ship[..], &["--quantise", "q8_0", "--way", "merged-quantised"]].concat();
+    json(folder, &[&eight[..], &["--output", "out.gguf"]].concat());
+    let model = ["--model", "builtin:tiny", "--adapter", adapter, "--format", "gguf-q8_0"];
+    json(folder, &[&["export", "--output", "other/out.gguf"], &model[..]].concat());
+    let bytes = |path: &str| std::fs::read(folder.join(path)).unwrap();
+    assert!(bytes("out.gguf") == bytes("other/out.gguf"), "two exports of one model differ");
+    // Of a base that is quantised already, what it was before is not known.
+    let base = ["ship", "small.toml", "--set", "model=out.gguf", "--force", "--adapter", adapter];
+    let found = json(folder, &base);
+    assert_eq!(found["ways"].as_array().unwrap().len(), 3, "{found}");
+    let merged = [&base[..], &["--way", "merged", "--output", "x"]].concat();
+    refused(folder, &merged, "quantised already");
+    refused(folder, &ship[..2], "--adapter");
+}

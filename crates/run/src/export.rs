@@ -30,7 +30,7 @@ pub fn merged(tuned: &Tuned<'_>, weight: &WeightSpec) -> retune_core::Result<Vec
 }
 
 /// Refuses changes that cannot be merged into weights.
-fn check_mergeable(tuned: &Tuned<'_>) -> Result<()> {
+pub(crate) fn check_mergeable(tuned: &Tuned<'_>) -> Result<()> {
     match tuned.changes.unmergeable() {
         None => Ok(()),
         Some(what) => Err(Error::Core(retune_core::Error::Unsupported {

@@ -22,5 +22,6 @@ pub mod prefetch;
 pub mod prepare;
 pub mod recipe;
 pub mod rows;
+pub mod ship;
 
 pub use error::{Error, Result};

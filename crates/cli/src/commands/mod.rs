@@ -16,6 +16,7 @@ mod logits;
 mod new;
 mod run;
 mod session;
+pub(crate) mod ship;
 
 use clap::CommandFactory;
 
@@ -51,6 +52,7 @@ pub(crate) fn dispatch(arguments: Arguments) -> Result<(), Failure> {
         Command::Decompress(arguments) => compress::decompress(&arguments, json),
         Command::Combine(arguments) => combine::combine(&arguments, json),
         Command::Extract(arguments) => extract::extract(&arguments, json),
+        Command::Ship(arguments) => ship::ship(&arguments, json),
         Command::Diff(arguments) => diff::diff(&arguments, json),
         Command::Doctor { recipe, rows } => doctor::doctor(&recipe, rows, json),
         Command::Methods { name } => describe::methods(name.as_deref(), json),
