@@ -1,8 +1,8 @@
 //! One file per command.
 
 mod chat;
-mod compare;
 pub(crate) mod combine;
+mod compare;
 pub(crate) mod compress;
 mod describe;
 pub(crate) mod diff;
