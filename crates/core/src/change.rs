@@ -173,11 +173,19 @@ pub struct SiteView<'a> {
     pub causal: bool,
     /// The task of each document, where the batch has several.
     pub tasks: Option<&'a [usize]>,
+    /// Position of each row, and where positions of a text begin.
+    pub(crate) positions: (&'a [usize], usize),
     pub(crate) layer_inputs: &'a BTreeMap<usize, Tensor<2>>,
     pub(crate) history: Option<RefCell<&'a mut History>>,
 }
 
 impl SiteView<'_> {
+    /// Returns a row's place in its document: virtual tokens count, keys of a prefix do not.
+    pub fn place(&self, row: usize) -> usize {
+        let (positions, begin) = self.positions;
+        positions[row] - begin
+    }
+
     /// Returns what entered a block that the change named in [`StateChange::reads_layer`].
     ///
     /// # Shapes
@@ -212,6 +220,11 @@ pub trait StateChange: Debug + Send + Sync {
     /// - `x`: `[tokens, width]`, as the site's table says
     /// - returns: the same
     fn apply(&self, x: Tensor<2>, at: &SiteView<'_>, scope: &mut Scope<'_>) -> Tensor<2>;
+
+    /// Returns whether the change of a token depends on its place or on other tokens of its text.
+    fn reads_documents(&self) -> bool {
+        false
+    }
 
     /// Names the block whose input the change looks at beside the state, if any.
     fn reads_layer(&self) -> Option<usize> {
@@ -413,7 +426,11 @@ impl Changes {
     /// Returns whether a change adds tokens or looks at attention or at documents across tokens:
     /// such a change knows one text per document only.
     pub fn reads_documents(&self) -> bool {
-        !self.inputs.is_empty() || !self.attention.is_empty() || !self.read_layers.is_empty()
+        let of_text = self.states.values().chain(self.outputs.values()).flatten();
+        !self.inputs.is_empty()
+            || !self.attention.is_empty()
+            || !self.read_layers.is_empty()
+            || of_text.into_iter().any(|change| change.reads_documents())
     }
 
     /// Returns the blocks that hold a change of states or attention.

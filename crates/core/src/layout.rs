@@ -10,6 +10,8 @@ pub(crate) struct Layout {
     pub(crate) spans: Spans,
     /// Position of each row, `[states]`.
     pub(crate) positions: Vec<usize>,
+    /// The position of a document's first row.
+    pub(crate) prefix: usize,
     /// The row of each token of the batch; nothing where all rows are tokens.
     tokens: Option<Vec<usize>>,
 }
@@ -32,7 +34,7 @@ impl Layout {
             positions.extend(batch.positions[span].iter().map(|position| position + shift));
         }
         let tokens = (positions.len() > batch.num_tokens()).then_some(tokens);
-        Self { spans: Spans::from_lengths(lengths), positions, tokens }
+        Self { spans: Spans::from_lengths(lengths), positions, prefix, tokens }
     }
 
     /// Returns the row of each token of the batch, or nothing where row `i` is token `i`.

@@ -498,6 +498,7 @@ impl<'a> Pass<'a> {
             spans,
             causal: self.weights.spec().causal,
             tasks: self.batch.tasks.as_deref(),
+            positions: (&self.layout.positions, self.layout.prefix),
             layer_inputs: &self.layer_inputs,
             history: self.cache.as_deref_mut().map(|cache| RefCell::new(&mut cache.history)),
         };

@@ -171,6 +171,12 @@ impl ModelSpec {
         self.weights.iter().filter(|weight| weight.is_linear())
     }
 
+    /// Returns what the model adds to the stored gain of its norms.
+    pub fn norm_offset(&self) -> f64 {
+        // The family stores `gain - 1`, and no key of its configuration says so.
+        if self.architecture.starts_with("gemma") { 1.0 } else { 0.0 }
+    }
+
     /// Returns the number of values of all weights; tied ones count once.
     pub fn count(&self) -> usize {
         self.weights.iter().map(WeightSpec::count).sum()

@@ -260,6 +260,10 @@ impl StateChange for Mixture {
         vec![self.a, self.b, self.router]
     }
 
+    fn reads_documents(&self) -> bool {
+        self.options.average == Average::Document
+    }
+
     fn apply(&self, y: Tensor<2>, at: &SiteView<'_>, scope: &mut Scope<'_>) -> Tensor<2> {
         let Some(x) = at.input else { return y };
         let Lily { rank, experts, scaling, .. } = self.options;

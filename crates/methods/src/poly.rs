@@ -220,6 +220,10 @@ impl StateChange for Mixture {
         vec![self.a, self.b, self.logits]
     }
 
+    fn reads_documents(&self) -> bool {
+        self.options.tasks > 1
+    }
+
     fn apply(&self, y: Tensor<2>, at: &SiteView<'_>, scope: &mut Scope<'_>) -> Tensor<2> {
         let Some(x) = at.input else { return y };
         let shares = self.shares(scope);

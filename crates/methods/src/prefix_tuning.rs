@@ -154,6 +154,7 @@ impl PrefixTuning {
             tokens: self.tokens,
             hidden: self.hidden,
             width,
+            takes_positions: true,
         }
     }
 }
@@ -201,18 +202,26 @@ impl AttentionChange for Prefix {
 
 /// One layer's keys and values as a network makes them.
 #[derive(Debug)]
-struct MadePrefix {
-    embedding: ParameterId,
-    inner: [ParameterId; 2],
-    outer: [ParameterId; 2],
-    tokens: usize,
-    hidden: usize,
-    width: usize,
+pub struct MadePrefix {
+    /// What the network reads, `[tokens, width]`.
+    pub embedding: ParameterId,
+    /// Weight and bias of the layer all blocks share.
+    pub inner: [ParameterId; 2],
+    /// Weight and bias of the block's own layer.
+    pub outer: [ParameterId; 2],
+    /// Number of keys.
+    pub tokens: usize,
+    /// Width between the two layers.
+    pub hidden: usize,
+    /// Width of the block's keys.
+    pub width: usize,
+    /// Whether a text begins behind the prefix.
+    pub takes_positions: bool,
 }
 
 impl MadePrefix {
     /// Computes keys beside values, `[tokens, 2 · width]`.
-    fn make(&self, scope: &Scope<'_>) -> Tensor<2> {
+    pub fn make(&self, scope: &Scope<'_>) -> Tensor<2> {
         let Self { tokens, hidden, width, .. } = *self;
         let layer = |x, [weight, bias]: [ParameterId; 2], outputs, inputs| {
             let weight = scope.tensor(weight, [outputs, inputs]);
@@ -234,7 +243,7 @@ impl AttentionChange for MadePrefix {
     }
 
     fn takes_positions(&self) -> bool {
-        true
+        self.takes_positions
     }
 
     fn prefix(&self, scope: &mut Scope<'_>) -> Option<[Tensor<2>; 2]> {

@@ -7,10 +7,11 @@ use retune_options::{OptionSpec, Options, Reader};
 use serde_json::Value;
 
 use crate::{
-    adalora, beft, boft, c3a, cartridge, cpt, deft, delora, fourierft, full, glora, gralora, hira,
-    hra, ia3, lily, llama_adapter, ln_tuning, loha, lokr, lora, miss, multitask_prompt_tuning, oft,
-    p_tuning, peanut, poly, prefix_tuning, prompt_tuning, pvera, randlora, road, shira,
-    supertuning, trainable_tokens, vblora, vera, waveft,
+    adalora, autopeft, beft, boft, c3a, cartridge, cpt, deft, delora, dept, fourierft, full, glora,
+    gralora, hira, hra, ia3, iaa, lily, llama_adapter, ln_tuning, loha, lokr, lora, miss,
+    multitask_prompt_tuning, oft, p_tuning, peanut, poly, prefix_tuning, prompt_tuning, pvera,
+    randlora, reft, road, shira, ssf, supertuning, trainable_tokens, unified_view, vblora, vera,
+    waveft,
 };
 
 /// Makes a method from an `adapter_config.json`.
@@ -67,6 +68,12 @@ pub const METHODS: &[Plugin] = &[
     vblora::PLUGIN,
     vera::PLUGIN,
     waveft::PLUGIN,
+    ssf::PLUGIN,
+    unified_view::PLUGIN,
+    dept::PLUGIN,
+    iaa::PLUGIN,
+    reft::PLUGIN,
+    autopeft::PLUGIN,
 ];
 
 /// Finds a method by the name a recipe uses.

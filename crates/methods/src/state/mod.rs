@@ -4,8 +4,10 @@
 //! ([`StateMethod::build`]). Planning, initial values, heads that train beside, and the adapter's
 //! configuration are here, once.
 
+pub mod block;
 pub mod keys;
 pub mod prompt;
+pub mod sublayer;
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
