@@ -32,8 +32,8 @@ pub struct Rope {
 #[derive(Debug, Default)]
 pub struct KeyValueCache {
     layers: BTreeMap<usize, Vec<KeyValues>>,
-    /// The same for models that compute attention themselves.
-    slots: BTreeMap<usize, Vec<(Tensor<2>, Tensor<2>)>>,
+    /// What [`Pass::keys_values`] gives out as tensors.
+    tensors: BTreeMap<usize, Vec<(Tensor<2>, Tensor<2>)>>,
     history: History,
 }
 
@@ -43,28 +43,28 @@ impl KeyValueCache {
     /// # Panics
     /// If a place is not below the number of documents read so far.
     pub fn select(&mut self, keep: &[usize]) {
-        for documents in self.layers.values_mut() {
-            let mut all: Vec<Option<KeyValues>> =
-                std::mem::take(documents).into_iter().map(Some).collect();
-            // Moved, not copied, unless a place is asked for twice.
-            let mut last = vec![0; all.len()];
-            keep.iter().enumerate().for_each(|(at, place)| last[*place] = at);
-            let take = |(at, place): (usize, &usize)| {
-                let document = &mut all[*place];
-                if last[*place] == at { document.take() } else { document.clone() }
-            };
-            documents.extend(keep.iter().enumerate().filter_map(take));
-        }
-        for documents in self.slots.values_mut() {
-            *documents = keep.iter().map(|place| documents[*place].clone()).collect();
-        }
+        self.layers.values_mut().for_each(|documents| keep_only(documents, keep));
+        self.tensors.values_mut().for_each(|documents| keep_only(documents, keep));
         self.history.select(keep);
     }
 
     /// Returns how many documents were begun.
     fn num_documents(&self) -> usize {
-        self.layers.values().next().map_or(0, Vec::len)
+        let tensors = self.tensors.values().next().map_or(0, Vec::len);
+        self.layers.values().next().map_or(tensors, Vec::len)
     }
+}
+
+/// Keeps the documents whose place is in `keep`: moved, not copied, unless asked for twice.
+fn keep_only<T: Clone>(documents: &mut Vec<T>, keep: &[usize]) {
+    let mut all: Vec<Option<T>> = std::mem::take(documents).into_iter().map(Some).collect();
+    let mut last = vec![0; all.len()];
+    keep.iter().enumerate().for_each(|(at, place)| last[*place] = at);
+    let take = |(at, place): (usize, &usize)| {
+        let document = &mut all[*place];
+        if last[*place] == at { document.take() } else { document.clone() }
+    };
+    documents.extend(keep.iter().enumerate().filter_map(take));
 }
 
 /// Called with the states at a site; what it returns goes on through the model.
@@ -435,7 +435,7 @@ impl<'a> Pass<'a> {
             let (k, v) = new.ok_or_else(missing)?;
             return Ok((k, v, spans.clone()));
         };
-        let documents = cache.slots.entry(slot).or_default();
+        let documents = cache.tensors.entry(slot).or_default();
         for (place, span) in spans.iter().enumerate() {
             let part = new.as_ref().filter(|_| !span.is_empty()).map(|(k, v)| {
                 let part = |x: &Tensor<2>| x.clone().slice_dim(0, span.clone());

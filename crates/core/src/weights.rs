@@ -47,6 +47,11 @@ pub trait WeightSource: Debug + Send + Sync {
         None
     }
 
+    /// Shares a tensor that is stored as this machine's own `f32`, without reading it.
+    fn shared_f32(&self, _name: &str) -> Option<SharedBytes> {
+        None
+    }
+
     /// Reads a tensor.
     ///
     /// # Errors
@@ -201,7 +206,16 @@ impl Weights {
                 Stored::Values(_) => None,
             },
         };
-        let matrix = match blocks {
+        let shared = match weight.kind {
+            Kind::Linear { transposed: true } => None,
+            _ if self.packing.form != Form::F32 => None,
+            _ => self.source.shared_f32(name),
+        };
+        let shared = match shared {
+            Some(bytes) => PackedMatrix::from_shared_f32(rows, columns, bytes)?.ok(),
+            None => None,
+        };
+        let matrix = match blocks.or(shared) {
             Some(matrix) => matrix,
             None => PackedMatrix::from_f32(rows, columns, self.values(name)?, self.packing.form)?,
         };

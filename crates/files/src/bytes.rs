@@ -163,6 +163,12 @@ impl FileSlice {
     }
 }
 
+impl AsRef<[u8]> for FileSlice {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
 impl Deref for FileSlice {
     type Target = [u8];
 

@@ -6,6 +6,7 @@ use tensor::Tensor;
 use crate::activation::{self, Activation, Loop};
 use crate::buffer::Buffer;
 use crate::parallel::{CHUNK, each};
+use crate::recompute;
 use crate::simd;
 use crate::tape::{Operation, apply, is_fast, values};
 
@@ -35,17 +36,28 @@ pub fn reference(gate: Tensor<2>, up: Tensor<2>, activation: Activation) -> Tens
 #[derive(Clone, Debug)]
 struct Gated(Activation);
 
-impl Operation<2> for Gated {
-    type Saved = [FlexTensor; 2];
-
-    fn forward(&self, inputs: [FlexTensor; 2], _: [bool; 2]) -> (FlexTensor, [FlexTensor; 2]) {
+impl Gated {
+    fn output(&self, inputs: &[FlexTensor; 2]) -> FlexTensor {
         let [gate, up] = inputs.each_ref().map(values);
         let mut out = Buffer::dirty(gate.len());
         each(
             gate.chunks(CHUNK).zip(up.chunks(CHUNK)).zip(out.chunks_mut(CHUNK)),
             |((gate, up), out)| gate_all(self.0, gate, up, out),
         );
-        (out.into_tensor(inputs[0].layout().shape().clone()), inputs)
+        out.into_tensor(inputs[0].layout().shape().clone())
+    }
+}
+
+impl Operation<2> for Gated {
+    type Saved = [FlexTensor; 2];
+
+    fn forward(&self, inputs: [FlexTensor; 2], wanted: [bool; 2]) -> (FlexTensor, [FlexTensor; 2]) {
+        let output = self.output(&inputs);
+        if wanted != [false; 2] {
+            let (operation, inputs) = (self.clone(), inputs.clone());
+            recompute::note(&output, move || operation.output(&inputs));
+        }
+        (output, inputs)
     }
 
     fn backward(

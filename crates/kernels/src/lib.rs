@@ -24,6 +24,7 @@ pub mod layer_norm;
 mod linear;
 pub mod matrix;
 mod parallel;
+mod recompute;
 pub mod rms_norm;
 pub mod rotary;
 mod scratch;

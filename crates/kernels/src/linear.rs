@@ -7,6 +7,7 @@ use tensor::{Tensor, TensorData};
 
 use crate::buffer::Buffer;
 use crate::matrix::{Arithmetic, PackedMatrix, product, product_nt, product_tn};
+use crate::recompute::Kept;
 use crate::tape::{Operation, apply, from_values, is_fast, values};
 
 /// Applies a linear layer of which everything may be trainable: `x · Wᵀ + b`.
@@ -218,7 +219,7 @@ struct Dense {
 }
 
 impl<const N: usize> Operation<N> for Dense {
-    type Saved = (Option<FlexTensor>, Option<FlexTensor>);
+    type Saved = (Option<Kept>, Option<FlexTensor>);
 
     fn forward(&self, inputs: [FlexTensor; N], wanted: [bool; N]) -> (FlexTensor, Self::Saved) {
         let (x, weight) = (&inputs[0], &inputs[1]);
@@ -226,7 +227,7 @@ impl<const N: usize> Operation<N> for Dense {
         let mut y = Buffer::dirty(n * out);
         let bias = bias_of(&inputs, 2);
         product_nt(self.arithmetic, [n, width, out], values(x), values(weight), bias, &mut y);
-        let saved = (wanted[1].then(|| x.clone()), wanted[0].then(|| weight.clone()));
+        let saved = (wanted[1].then(|| Kept::of(x)), wanted[0].then(|| weight.clone()));
         (y.into_tensor([n, out]), saved)
     }
 
@@ -245,9 +246,10 @@ impl<const N: usize> Operation<N> for Dense {
             dx.into_tensor([n, width])
         });
         let dw = x.map(|x| {
-            let [_, width] = dims(&x);
+            let x = x.tensor();
+            let [_, width] = dims(x);
             let mut dw = Buffer::dirty(out * width);
-            product_tn(self.arithmetic, [out, n, width], dy, values(&x), &mut dw);
+            product_tn(self.arithmetic, [out, n, width], dy, values(x), &mut dw);
             dw.into_tensor([out, width])
         });
         gradients([dx, dw, bias_gradient(2, wanted, &gradient)])
@@ -293,7 +295,7 @@ struct LowRank {
 /// What [`LowRank`] keeps, each only where a gradient needs it.
 #[derive(Clone, Debug)]
 struct LowRankSaved {
-    x: Option<FlexTensor>,
+    x: Option<Kept>,
     /// `scale · x · Aᵀ`.
     u: Option<FlexTensor>,
     a: Option<FlexTensor>,
@@ -324,7 +326,7 @@ impl<const N: usize> Operation<N> for LowRank {
         let change = (&u[..], values(b), rank);
         self.weight.multiply_low_rank(values(x), change, n, &mut y, bias_of(&inputs, 3));
         let saved = LowRankSaved {
-            x: wanted[1].then(|| x.clone()),
+            x: wanted[1].then(|| Kept::of(x)),
             u: wanted[2].then(|| u.into_tensor([n, rank])),
             a: wanted[0].then(|| a.clone()),
             b: (wanted[0] || wanted[1]).then(|| b.clone()),
@@ -357,7 +359,7 @@ impl<const N: usize> Operation<N> for LowRank {
         });
         let da = saved.x.zip(du).map(|(x, du)| {
             let mut da = Buffer::dirty(rank * width);
-            product_tn(arithmetic, [rank, n, width], du, values(&x), &mut da);
+            product_tn(arithmetic, [rank, n, width], du, values(x.tensor()), &mut da);
             da.into_tensor([rank, width])
         });
         let db = saved.u.map(|u| {

@@ -7,6 +7,7 @@ use tensor::Tensor;
 
 use crate::buffer::Buffer;
 use crate::parallel::{each, rows_of};
+use crate::recompute;
 use crate::simd::{self, dot, fma};
 use crate::tape::{Operation, apply, from_values, is_fast, values};
 
@@ -50,10 +51,9 @@ struct Saved {
     inverse: Arc<[f32]>,
 }
 
-impl Operation<2> for RmsNorm {
-    type Saved = Saved;
-
-    fn forward(&self, [x, weight]: [FlexTensor; 2], _: [bool; 2]) -> (FlexTensor, Saved) {
+impl RmsNorm {
+    /// Gives the output, and one over the root mean square of each token.
+    fn output(&self, x: &FlexTensor, weight: &FlexTensor) -> (FlexTensor, Vec<f32>) {
         let width = weight.layout().num_elements();
         let tokens = x.layout().num_elements() / width.max(1);
         let mut out = Buffer::dirty(tokens * width);
@@ -61,10 +61,22 @@ impl Operation<2> for RmsNorm {
         let rows = rows_of(width);
         let chunk = (rows * width).max(1);
         each(
-            values(&x).chunks(chunk).zip(out.chunks_mut(chunk)).zip(inverse.chunks_mut(rows)),
-            |((x, out), inverse)| forward_rows(x, values(&weight), self.epsilon, out, inverse),
+            values(x).chunks(chunk).zip(out.chunks_mut(chunk)).zip(inverse.chunks_mut(rows)),
+            |((x, out), inverse)| forward_rows(x, values(weight), self.epsilon, out, inverse),
         );
-        let out = out.into_tensor([tokens, width]);
+        (out.into_tensor([tokens, width]), inverse)
+    }
+}
+
+impl Operation<2> for RmsNorm {
+    type Saved = Saved;
+
+    fn forward(&self, [x, weight]: [FlexTensor; 2], wanted: [bool; 2]) -> (FlexTensor, Saved) {
+        let (out, inverse) = self.output(&x, &weight);
+        if wanted != [false; 2] {
+            let (operation, x, weight) = (self.clone(), x.clone(), weight.clone());
+            recompute::note(&out, move || operation.output(&x, &weight).0);
+        }
         (out, Saved { x, weight, inverse: inverse.into() })
     }
 

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::config::Config;
+use retune_core::kernels::matrix::SharedBytes;
 use retune_core::spec::ModelSpec;
 use retune_core::weights::{Stored, WeightSource};
 use retune_core::{Error, Result};
@@ -92,9 +94,19 @@ impl WeightSource for FolderSource {
         Some(self.tensors.get(self.names.get(name)?)?.shape.to_vec())
     }
 
+    fn shared_f32(&self, name: &str) -> Option<SharedBytes> {
+        let tensor = self.tensors.get(self.names.get(name)?)?;
+        tensor.as_f32()?;
+        Some(Arc::new(tensor.share()))
+    }
+
     fn read(&self, name: &str) -> Result<Stored> {
         let stored = self.names.get(name).map_or(name, String::as_str);
-        Ok(Stored::Values(self.tensors.tensor(stored)?.to_f32()?))
+        let tensor = self.tensors.tensor(stored)?;
+        // Read rather than mapped: touched pages of the file would count beside the copy.
+        let mut values = vec![0.0; tensor.shape.iter().product()];
+        tensor.read_f32(0, &mut values, &mut Vec::new())?;
+        Ok(Stored::Values(values))
     }
 }
 

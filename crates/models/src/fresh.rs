@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::config::Config;
 use retune_core::Result;
+use retune_core::kernels::matrix::SharedBytes;
 use retune_core::random::Seed;
 use retune_core::spec::{Kind, ModelSpec, Role};
 use retune_core::weights::{Stored, WeightSource};
@@ -73,6 +74,10 @@ impl WeightSource for FreshHead {
             Some((shape, _)) => Some(shape.clone()),
             None => self.checkpoint.shape(name),
         }
+    }
+
+    fn shared_f32(&self, name: &str) -> Option<SharedBytes> {
+        if self.fresh.contains_key(name) { None } else { self.checkpoint.shared_f32(name) }
     }
 
     fn read(&self, name: &str) -> Result<Stored> {

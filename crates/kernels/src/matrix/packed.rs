@@ -67,6 +67,8 @@ pub enum PackedMatrixError {
 #[derive(Clone)]
 pub(super) enum Storage {
     F32(Arc<Vec<f32>>),
+    /// `f32` as a file on this machine has them, checked to be whole and aligned.
+    SharedF32(SharedBytes),
     Bf16(Arc<Vec<bf16>>),
     Blocks(BlockType, SharedBytes),
 }
@@ -141,6 +143,27 @@ impl PackedMatrix {
         Ok(Self { rows, columns, arithmetic: Arithmetic::F32, storage })
     }
 
+    /// Makes a matrix of `f32` that someone else owns, in row-major order and without a copy.
+    ///
+    /// Gives the bytes back where they are not aligned as numbers of this machine are.
+    ///
+    /// # Errors
+    /// [`PackedMatrixError::WrongCount`] if the numbers do not fill the shape.
+    pub fn from_shared_f32(
+        rows: usize,
+        columns: usize,
+        bytes: SharedBytes,
+    ) -> Result<Result<Self, SharedBytes>, PackedMatrixError> {
+        let Ok(values) = bytemuck::try_cast_slice::<u8, f32>((*bytes).as_ref()) else {
+            return Ok(Err(bytes));
+        };
+        if values.len() != count(rows, columns)? {
+            return Err(PackedMatrixError::WrongCount { rows, columns, got: values.len() });
+        }
+        let storage = Storage::SharedF32(bytes);
+        Ok(Ok(Self { rows, columns, arithmetic: Arithmetic::F32, storage }))
+    }
+
     /// Makes a matrix of bf16 numbers in row-major order, without a copy.
     ///
     /// # Errors
@@ -198,7 +221,7 @@ impl PackedMatrix {
     /// Returns how the numbers are kept.
     pub fn form(&self) -> Form {
         match self.storage {
-            Storage::F32(_) => Form::F32,
+            Storage::F32(_) | Storage::SharedF32(_) => Form::F32,
             Storage::Bf16(_) => Form::Bf16,
             Storage::Blocks(kind, _) => Form::Blocks(kind),
         }
@@ -213,6 +236,7 @@ impl PackedMatrix {
     pub fn bytes(&self) -> usize {
         match &self.storage {
             Storage::F32(values) => size_of_val(values.as_slice()),
+            Storage::SharedF32(bytes) => (**bytes).as_ref().len(),
             Storage::Bf16(values) => size_of_val(values.as_slice()),
             Storage::Blocks(_, bytes) => (**bytes).as_ref().len(),
         }
@@ -343,7 +367,7 @@ impl PackedMatrix {
     /// Numbers per block along a row: where a part of a row may start and end.
     pub(crate) fn block_length(&self) -> usize {
         match self.storage {
-            Storage::F32(_) | Storage::Bf16(_) => 1,
+            Storage::F32(_) | Storage::SharedF32(_) | Storage::Bf16(_) => 1,
             Storage::Blocks(kind, _) => kind.block_len(),
         }
     }
@@ -352,6 +376,7 @@ impl PackedMatrix {
     pub(crate) fn as_f32(&self) -> Option<&[f32]> {
         match &self.storage {
             Storage::F32(values) => Some(values),
+            Storage::SharedF32(bytes) => Some(bytemuck::cast_slice((**bytes).as_ref())),
             _ => None,
         }
     }
@@ -369,6 +394,10 @@ impl PackedMatrix {
         let numbers = row * self.columns + columns.start..row * self.columns + columns.end;
         match &self.storage {
             Storage::F32(values) => out.copy_from_slice(&values[numbers]),
+            Storage::SharedF32(bytes) => {
+                let values: &[f32] = bytemuck::cast_slice((**bytes).as_ref());
+                out.copy_from_slice(&values[numbers]);
+            }
             Storage::Bf16(values) => {
                 for (out, value) in out.iter_mut().zip(&values[numbers]) {
                     *out = f32::from_bits(u32::from(value.to_bits()) << 16);

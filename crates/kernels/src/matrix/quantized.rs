@@ -32,7 +32,7 @@ pub(super) unsafe fn add_row<V: Vector>(
     // SAFETY: as the caller promises.
     unsafe {
         match &matrix.storage {
-            Storage::F32(_) => false,
+            Storage::F32(_) | Storage::SharedF32(_) => false,
             Storage::Bf16(values) => {
                 let row = bytemuck::cast_slice(&values[row * length..][..length]);
                 match height {
@@ -157,7 +157,7 @@ unsafe fn write_blocks<V: Vector>(kind: BlockType, bytes: &[u8], out: &mut [f32]
             BlockType::Q8_0 => {
                 let blocks = bytes.as_chunks::<34>().0;
                 for (blocks, out) in blocks.chunks(16).zip(out.chunks_mut(16)) {
-                    let d = scales::<V, 34, 1>(blocks);
+                    let [d] = scales::<V, 34, 1>(blocks);
                     for ((block, out), d) in blocks.iter().zip(out).zip(d) {
                         let q = [V::from_i8(block[2..].as_ptr()), V::from_i8(block[18..].as_ptr())];
                         write(out, q.map(|q| q.multiply(V::splat(d))));
@@ -167,7 +167,7 @@ unsafe fn write_blocks<V: Vector>(kind: BlockType, bytes: &[u8], out: &mut [f32]
             BlockType::Q4_0 => {
                 let blocks = bytes.as_chunks::<18>().0;
                 for (blocks, out) in blocks.chunks(16).zip(out.chunks_mut(16)) {
-                    let d = scales::<V, 18, 1>(blocks);
+                    let [d] = scales::<V, 18, 1>(blocks);
                     for ((block, out), d) in blocks.iter().zip(out).zip(d) {
                         let q = V::from_nibbles(block[2..].as_ptr());
                         write(out, q.map(|q| q.add(V::splat(-8.0)).multiply(V::splat(d))));
@@ -176,10 +176,10 @@ unsafe fn write_blocks<V: Vector>(kind: BlockType, bytes: &[u8], out: &mut [f32]
             }
             _ => {
                 let blocks = bytes.as_chunks::<20>().0;
-                for (blocks, out) in blocks.chunks(8).zip(out.chunks_mut(8)) {
-                    let scales = scales::<V, 20, 2>(blocks);
+                for (blocks, out) in blocks.chunks(16).zip(out.chunks_mut(16)) {
+                    let [d, m] = scales::<V, 20, 2>(blocks);
                     for (index, (block, out)) in blocks.iter().zip(out).enumerate() {
-                        let (d, m) = (V::splat(scales[index]), V::splat(scales[8 + index]));
+                        let (d, m) = (V::splat(d[index]), V::splat(m[index]));
                         write(
                             out,
                             V::from_nibbles(block[4..].as_ptr()).map(|q| q.multiply(d).add(m)),
@@ -193,21 +193,21 @@ unsafe fn write_blocks<V: Vector>(kind: BlockType, bytes: &[u8], out: &mut [f32]
 
 /// Reads the `S` halves that some blocks begin with, all blocks' first, then all blocks' second.
 ///
-/// Converted sixteen at a time: one by one, this would cost more than the blocks' numbers.
+/// Converted together: one by one, this would cost more than the blocks' numbers.
 ///
 /// # Safety
 /// At most `16 / S` blocks; the processor has the vector's instructions.
 #[inline(always)]
-unsafe fn scales<V: Vector, const B: usize, const S: usize>(blocks: &[[u8; B]]) -> [f32; 16] {
-    let mut halves = [0; 16];
-    for (index, block) in blocks.iter().enumerate() {
-        for s in 0..S {
-            halves[s * (16 / S) + index] = u16::from_le_bytes([block[2 * s], block[2 * s + 1]]);
+unsafe fn scales<V: Vector, const B: usize, const S: usize>(blocks: &[[u8; B]]) -> [[f32; 16]; S] {
+    debug_assert!(B >= 4 * S && blocks.len() <= 16);
+    let mut scales = [[0.0; 16]; S];
+    for (s, scales) in scales.iter_mut().enumerate() {
+        // SAFETY: every block holds four bytes from its half on; the caller promises the rest.
+        unsafe {
+            let from = blocks.as_ptr().cast::<u8>().add(2 * s);
+            V::halves(from, B, blocks.len()).store(scales.as_mut_ptr());
         }
     }
-    let mut scales = [0.0; 16];
-    // SAFETY: as the caller promises.
-    unsafe { V::from_halves(halves).store(scales.as_mut_ptr()) }
     scales
 }
 
@@ -219,7 +219,7 @@ unsafe fn q8_0<V: Vector, const H: usize>(left: [&[f32]; H], row: &[u8]) -> [V; 
     unsafe {
         let mut sums = [V::splat(0.0); H];
         for (run, blocks) in row.as_chunks::<34>().0.chunks(16).enumerate() {
-            let d = scales::<V, 34, 1>(blocks);
+            let [d] = scales::<V, 34, 1>(blocks);
             for (index, (block, d)) in blocks.iter().zip(d).enumerate() {
                 let q = [V::from_i8(block[2..].as_ptr()), V::from_i8(block[18..].as_ptr())];
                 for (sum, left) in sums.iter_mut().zip(left) {
@@ -240,16 +240,14 @@ unsafe fn q4_0<V: Vector, const H: usize>(left: [&[f32]; H], row: &[u8]) -> [V; 
     // SAFETY: as the caller promises.
     unsafe {
         let mut sums = [V::splat(0.0); H];
-        let shift = V::splat(-8.0);
         for (run, blocks) in row.as_chunks::<18>().0.chunks(16).enumerate() {
-            let d = scales::<V, 18, 1>(blocks);
+            let [d] = scales::<V, 18, 1>(blocks);
             for (index, (block, d)) in blocks.iter().zip(d).enumerate() {
-                let [low, high] = V::from_nibbles(block[2..].as_ptr());
-                let q = [low.add(shift), high.add(shift)];
+                let (d, shift) = (V::splat(d), V::splat(-8.0 * d));
+                let values = V::decode_nibbles(block[2..].as_ptr(), d, shift);
                 for (sum, left) in sums.iter_mut().zip(left) {
                     let [low, high] = pair::<V>(left, 32 * (16 * run + index));
-                    let dot = high.multiply_add(q[1], low.multiply(q[0]));
-                    *sum = dot.multiply_add(V::splat(d), *sum);
+                    *sum = high.multiply_add(values[1], low.multiply_add(values[0], *sum));
                 }
             }
         }
@@ -265,15 +263,14 @@ unsafe fn q4_1<V: Vector, const H: usize>(left: [&[f32]; H], row: &[u8]) -> [V; 
     unsafe {
         // Two chains of additions: one would wait for itself.
         let mut sums = [[V::splat(0.0); 2]; H];
-        for (run, blocks) in row.as_chunks::<20>().0.chunks(8).enumerate() {
-            let scales = scales::<V, 20, 2>(blocks);
+        for (run, blocks) in row.as_chunks::<20>().0.chunks(16).enumerate() {
+            let [d, m] = scales::<V, 20, 2>(blocks);
             for (index, block) in blocks.iter().enumerate() {
-                let (d, m) = (V::splat(scales[index]), V::splat(scales[8 + index]));
-                let [low, high] = V::from_nibbles(block[4..].as_ptr());
+                let (d, m) = (V::splat(d[index]), V::splat(m[index]));
                 // Decoded rather than summed apart: sums of q·d and of m would cancel.
-                let values = [low.multiply_add(d, m), high.multiply_add(d, m)];
+                let values = V::decode_nibbles(block[4..].as_ptr(), d, m);
                 for (sum, left) in sums.iter_mut().zip(left) {
-                    let [low, high] = pair::<V>(left, 32 * (8 * run + index));
+                    let [low, high] = pair::<V>(left, 32 * (16 * run + index));
                     let low = low.multiply_add(values[0], sum[0]);
                     *sum = [low, high.multiply_add(values[1], sum[1])];
                 }
@@ -291,8 +288,7 @@ unsafe fn q4_k<V: Vector, const H: usize>(left: [&[f32]; H], row: &[u8]) -> [V; 
     unsafe {
         let mut sums = [[V::splat(0.0); 2]; H];
         for (index, block) in row.as_chunks::<144>().0.iter().enumerate() {
-            let scales = scales::<V, 144, 2>(std::slice::from_ref(block));
-            let (d, least) = (scales[0], scales[8]);
+            let [[d, ..], [least, ..]] = scales::<V, 144, 2>(std::slice::from_ref(block));
             // Thirty-two bytes hold a group of 32 in their low halves and the next in their high.
             for two in 0..4 {
                 let bytes = block[16 + 32 * two..].as_ptr();

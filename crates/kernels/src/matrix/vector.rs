@@ -32,8 +32,17 @@ pub(crate) trait Vector: Copy {
     unsafe fn from_bf16(from: *const u16) -> Self;
     /// Reads sixteen bytes as the numbers in their low and in their high halves.
     unsafe fn from_nibbles(from: *const u8) -> [Self; 2];
-    /// Reads sixteen IEEE halves.
-    unsafe fn from_halves(halves: [u16; 16]) -> Self;
+    /// Computes `number · factor + sum`, in one rounding where the processor can, of the numbers
+    /// in the low and in the high halves of sixteen bytes.
+    #[inline(always)]
+    unsafe fn decode_nibbles(from: *const u8, factor: Self, sum: Self) -> [Self; 2] {
+        // SAFETY: as the caller promises.
+        unsafe { Self::from_nibbles(from).map(|number| number.multiply_add(factor, sum)) }
+    }
+    /// Reads `count` IEEE halves, `stride` bytes from each to the next; the rest is zeros.
+    ///
+    /// Two bytes behind each half may be read with it.
+    unsafe fn halves(from: *const u8, stride: usize, count: usize) -> Self;
 }
 
 /// Runs a function generic over [`Vector`] with this machine's best instructions.
@@ -73,6 +82,20 @@ macro_rules! vectorized {
     };
 }
 pub(crate) use vectorized;
+
+/// Reads `count` 16-bit numbers, `stride` bytes from each to the next.
+///
+/// # Safety
+/// They lie in memory, and are at most sixteen.
+#[inline(always)]
+unsafe fn spread(from: *const u8, stride: usize, count: usize) -> [u16; 16] {
+    let mut halves = [0; 16];
+    for (index, half) in halves.iter_mut().enumerate().take(count) {
+        // SAFETY: as the caller promises.
+        *half = u16::from_le(unsafe { from.add(index * stride).cast::<u16>().read_unaligned() });
+    }
+    halves
+}
 
 /// What the compiler makes of arrays.
 #[derive(Clone, Copy)]
@@ -148,8 +171,9 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
-    unsafe fn from_halves(halves: [u16; 16]) -> Self {
-        Self(halves.map(|half| f16::from_bits(half).to_f32()))
+    unsafe fn halves(from: *const u8, stride: usize, count: usize) -> Self {
+        // SAFETY: as the caller promises.
+        Self(unsafe { spread(from, stride, count) }.map(|half| f16::from_bits(half).to_f32()))
     }
 }
 
@@ -237,8 +261,32 @@ pub(crate) mod avx512 {
         }
 
         #[inline(always)]
-        unsafe fn from_halves(halves: [u16; 16]) -> Self {
-            unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(halves.as_ptr().cast()))) }
+        unsafe fn decode_nibbles(from: *const u8, factor: Self, sum: Self) -> [Self; 2] {
+            unsafe {
+                // All sixteen numbers there can be; the permutation looks at four bits only.
+                let numbers = _mm512_setr_ps(
+                    0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0,
+                    15.0,
+                );
+                let numbers = _mm512_fmadd_ps(numbers, factor.0, sum.0);
+                let wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
+                let low = _mm512_permutexvar_ps(wide, numbers);
+                let high = _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(wide), numbers);
+                [Self(low), Self(high)]
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn halves(from: *const u8, stride: usize, count: usize) -> Self {
+            unsafe {
+                let places =
+                    _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+                let places = _mm512_mullo_epi32(places, _mm512_set1_epi32(stride as i32));
+                let mask = if count >= 16 { u16::MAX } else { (1 << count) - 1 };
+                let zero = _mm512_setzero_si512();
+                let words = _mm512_mask_i32gather_epi32::<1>(zero, mask, places, from.cast());
+                Self(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)))
+            }
         }
     }
 }
@@ -347,8 +395,9 @@ pub(crate) mod avx2 {
         }
 
         #[inline(always)]
-        unsafe fn from_halves(halves: [u16; 16]) -> Self {
+        unsafe fn halves(from: *const u8, stride: usize, count: usize) -> Self {
             unsafe {
+                let halves = super::spread(from, stride, count);
                 let eight =
                     |at: usize| _mm256_cvtph_ps(_mm_loadu_si128(halves[at..].as_ptr().cast()));
                 Self(eight(0), eight(8))

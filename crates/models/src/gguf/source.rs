@@ -7,7 +7,6 @@ use super::untangle;
 use retune_core::spec::ModelSpec;
 use retune_core::weights::{Stored, WeightSource};
 use retune_core::{Error, Result};
-use retune_files::FileSlice;
 use retune_files::ggml::BlockType;
 use retune_files::gguf::GgufFile;
 
@@ -31,15 +30,6 @@ struct Place {
     heads: Option<usize>,
     /// What the file's values have too much.
     offset: f32,
-}
-
-/// Bytes of the mapped file.
-struct Shared(FileSlice);
-
-impl AsRef<[u8]> for Shared {
-    fn as_ref(&self) -> &[u8] {
-        &self.0
-    }
 }
 
 impl GgufSource {
@@ -117,7 +107,7 @@ impl WeightSource for GgufSource {
         // A row is a whole number of blocks, so rows move as they lie.
         let blocks: Arc<dyn AsRef<[u8]> + Send + Sync> = match place.heads {
             Some(heads) => Arc::new(untangle(tensor.bytes, rows, heads)),
-            None => Arc::new(Shared(tensor.share())),
+            None => Arc::new(tensor.share()),
         };
         Ok(Stored::Blocks(tensor.kind, blocks))
     }
