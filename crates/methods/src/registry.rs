@@ -7,8 +7,9 @@ use retune_options::{OptionSpec, Options, Reader};
 use serde_json::Value;
 
 use crate::{
-    adalora, beft, cartridge, cpt, full, hra, ia3, lily, llama_adapter, ln_tuning, loha, lokr,
-    lora, multitask_prompt_tuning, p_tuning, poly, prefix_tuning, prompt_tuning, road,
+    adalora, beft, cartridge, cpt, full, hft, hra, ia3, id3, lily, llama_adapter, ln_tuning, loha,
+    lokr, lora, lt_sft, multitask_prompt_tuning, p_tuning, poly, prefix_tuning, prompt_tuning,
+    road, sara, spiel,
 };
 
 /// Makes a method from an `adapter_config.json`.
@@ -46,6 +47,11 @@ pub const METHODS: &[Plugin] = &[
     llama_adapter::PLUGIN,
     poly::PLUGIN,
     lily::PLUGIN,
+    hft::PLUGIN,
+    spiel::PLUGIN,
+    sara::PLUGIN,
+    lt_sft::PLUGIN,
+    id3::PLUGIN,
 ];
 
 /// Finds a method by the name a recipe uses.
