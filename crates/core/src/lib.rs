@@ -20,6 +20,8 @@ pub mod pass;
 pub mod random;
 pub mod site;
 pub mod spec;
+pub mod step;
+pub mod tap;
 pub mod targets;
 pub mod weights;
 

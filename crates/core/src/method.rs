@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::parameters::Parameters;
 use crate::random::Seed;
 use crate::spec::ModelSpec;
+pub use crate::step::{FlatGradients, Memory, ParameterState, Seat, StepView};
 use crate::weights::Weights;
 use retune_options::{OptionSpec, Table};
 use serde_json::Value;
@@ -40,6 +41,22 @@ pub struct PlannedParameter {
     pub trains: bool,
 }
 
+/// The place of a planned number of values whose distribution over the parameters planned before it
+/// is only known once the weights are read, or while the run is under way.
+pub const POOL: &str = "shared out over the parameters above";
+
+impl PlannedParameter {
+    /// Plans `count` values that are shared out over parameters planned with the shape `[0]`.
+    pub fn pool(method: &str, count: usize) -> Self {
+        Self {
+            name: format!("{method}.budget"),
+            shape: vec![count],
+            place: POOL.to_owned(),
+            trains: true,
+        }
+    }
+}
+
 /// What a method will do to a model, before anything is done.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct MethodPlan {
@@ -50,6 +67,11 @@ pub struct MethodPlan {
 }
 
 impl MethodPlan {
+    /// Returns whether values are shared out later, so that shapes `[0]` are not final.
+    pub fn is_pooled(&self) -> bool {
+        self.parameters.iter().any(|parameter| parameter.place == POOL)
+    }
+
     /// Returns the number of values that will train.
     pub fn num_trainable(&self) -> usize {
         self.parameters
@@ -60,17 +82,14 @@ impl MethodPlan {
     }
 }
 
-/// What a method may do between two optimiser steps.
-#[derive(Debug)]
-pub struct StepView<'a> {
-    /// Steps done so far.
-    pub step: u64,
-    /// Steps of the whole run.
-    pub num_steps: u64,
-    /// Everything that trains.
-    pub parameters: &'a mut Parameters,
-    /// The run's seed.
-    pub seed: Seed,
+/// A distance to the base's own predictions whose gradient a method wants beside the loss's.
+///
+/// It is `−Σ p log q` per label, `p` of the untouched base and `q` of the tuned model, both at
+/// `temperature`, averaged like the loss.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Reference {
+    /// Divides the logits of both.
+    pub temperature: f64,
 }
 
 /// What a method keeps beyond what every method must keep.
@@ -143,7 +162,61 @@ pub trait Method: Debug + Send {
     fn attach(&self, weights: &Weights, parameters: &mut Parameters, seed: Seed)
     -> Result<Changes>;
 
-    /// Acts between two optimiser steps: unmask, regrow, rotate halves, prune.
+    /// Splits the run into stages, each with its own schedule; by default there is one.
+    ///
+    /// The lengths sum up to `num_steps`. What happens between two stages is up to
+    /// [`Method::on_step`].
+    ///
+    /// # Errors
+    /// If the run is too short for the stages.
+    fn stages(&self, num_steps: u64) -> Result<Vec<u64>> {
+        Ok(vec![num_steps])
+    }
+
+    /// Asks for gradients of the distance to the base's predictions beside those of the loss.
+    fn reference(&self) -> Option<Reference> {
+        None
+    }
+
+    /// Returns whether each row weighs the same in the loss, however many labels it has; by default
+    /// each label does.
+    fn weighs_rows_alike(&self) -> bool {
+        false
+    }
+
+    /// Prepares a step before its gradients are computed: opens taps.
+    ///
+    /// # Errors
+    /// If the method's own state does not fit.
+    fn before_step(&mut self, _step: &mut StepView<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    /// Acts on the gradients of a step before their norm is taken and anything moves: mask them,
+    /// add those of a penalty, let entries in.
+    ///
+    /// # Errors
+    /// If the method's own state does not fit.
+    fn on_gradients(&mut self, _step: &mut StepView<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    /// Returns what the method keeps beside the parameters, for a checkpoint.
+    ///
+    /// Parameters, their entries, taps and the optimiser's state are saved without it.
+    fn save_state(&self) -> Value {
+        Value::Null
+    }
+
+    /// Puts back what [`Method::save_state`] gave.
+    ///
+    /// # Errors
+    /// If it is of another method, or damaged.
+    fn load_state(&mut self, _state: &Value) -> Result<()> {
+        Ok(())
+    }
+
+    /// Acts after the parameters have moved: unmask, regrow, rotate halves, prune.
     ///
     /// # Errors
     /// If the method's own state does not fit.

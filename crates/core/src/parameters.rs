@@ -1,8 +1,12 @@
 //! Everything that trains, and every buffer a method keeps, in one ordered list.
 
+use std::sync::Arc;
+
 use crate::error::{Error, Result};
+use crate::tap::{Scoring, Tap};
 use retune_files::Dtype;
 use retune_files::safetensors::{SafetensorsWriter, TensorView};
+use retune_kernels::{GradientTap, SparseEntries};
 use tensor::{Device, Gradients, Tensor, TensorData};
 
 /// The place of a parameter in [`Parameters`].
@@ -18,6 +22,7 @@ impl ParameterId {
 
 /// A tensor that trains, or that a method keeps beside those that do.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a setting of its own, set by methods")]
 pub struct Parameter {
     /// The name it is saved under, e.g. PEFT's key or the checkpoint's own name.
     pub name: String,
@@ -31,6 +36,12 @@ pub struct Parameter {
     pub decays: bool,
     /// Whether an adapter's file holds it; what is not there can be made again from a seed.
     pub saved: bool,
+    /// The method moves it itself: the optimiser leaves it alone and keeps no state for it.
+    pub moved_by_method: bool,
+    /// Elements come and go, so each has a step number of its own.
+    pub counts_ages: bool,
+    support: Option<Support>,
+    tap: Option<Arc<Tap>>,
     value: Value,
 }
 
@@ -85,6 +96,37 @@ impl Parameter {
             Value::Floats(value) => value,
             Value::Integers(_) => unreachable!("{} holds whole numbers", self.name),
         }
+    }
+}
+
+/// Which entries of a weight a sparse parameter stands for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Support {
+    /// Places in the weight seen as one row-major list, ascending and each once.
+    pub indices: Arc<[u32]>,
+    /// Rows and columns of the weight.
+    pub matrix: [usize; 2],
+}
+
+impl Support {
+    fn check(&self, name: &str) -> Result<()> {
+        let [rows, columns] = self.matrix;
+        let ascending = self.indices.is_sorted_by(|a, b| a < b);
+        let inside = self.indices.last().is_none_or(|last| (*last as usize) < rows * columns);
+        if ascending && inside {
+            return Ok(());
+        }
+        let what = if ascending {
+            "an entry lies outside the weight"
+        } else {
+            "entries repeat or are out of order"
+        };
+        Err(Error::Input {
+            what: format!("sparse change `{name}`: {what}"),
+            expected: format!("ascending entries below {}", rows * columns),
+            found: format!("{} entries up to {:?}", self.indices.len(), self.indices.last()),
+            help: "the file is damaged, or belongs to another model".to_owned(),
+        })
     }
 }
 
@@ -173,9 +215,115 @@ impl Parameters {
             rate_factor: 1.0,
             decays: true,
             saved: true,
+            moved_by_method: false,
+            counts_ages: false,
+            support: None,
+            tap: None,
             value,
         });
         ParameterId(self.list.len() - 1)
+    }
+
+    /// Adds a sparse parameter: `values` stand for the entries `indices` of a weight of the shape
+    /// `matrix`. It may be empty, and its entries may change later.
+    ///
+    /// # Panics
+    /// As [`Parameters::add`], or if the indices do not ascend inside the weight.
+    pub fn add_sparse(
+        &mut self,
+        name: impl Into<String>,
+        matrix: [usize; 2],
+        indices: Vec<u32>,
+        values: Vec<f32>,
+    ) -> ParameterId {
+        let name = name.into();
+        let support = Support { indices: indices.into(), matrix };
+        assert!(support.check(&name).is_ok(), "entries of sparse parameter {name}");
+        let count = support.indices.len();
+        let id = self.push(name, &[count], values, true);
+        self.list[id.0].support = Some(support);
+        id
+    }
+
+    /// Replaces the entries of a sparse parameter, and with them its values.
+    ///
+    /// The optimiser's state is not touched: while a run is under way, methods use
+    /// [`crate::method::StepView::reseat`].
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the indices do not ascend inside the weight; [`Error::Shape`] if there
+    /// is not one value per index.
+    ///
+    /// # Panics
+    /// If the parameter is not sparse: a mistake of a method.
+    pub fn set_entries(
+        &mut self,
+        id: ParameterId,
+        indices: Vec<u32>,
+        values: Vec<f32>,
+    ) -> Result<()> {
+        let parameter = &self.list[id.0];
+        let Some(old) = &parameter.support else {
+            unreachable!("parameter {} is not sparse", parameter.name)
+        };
+        let support = Support { indices: indices.into(), matrix: old.matrix };
+        support.check(&parameter.name)?;
+        if support.indices.len() != values.len() {
+            return Err(Error::Shape {
+                name: parameter.name.clone(),
+                expected: vec![support.indices.len()],
+                found: vec![values.len()],
+                help: "a sparse change has one value per index".to_owned(),
+            });
+        }
+        let value = Value::Floats(self.leaf(values, parameter.trains));
+        let parameter = &mut self.list[id.0];
+        parameter.shape = vec![support.indices.len()];
+        parameter.support = Some(support);
+        parameter.value = value;
+        Ok(())
+    }
+
+    /// Returns the entries a sparse parameter stands for.
+    pub fn support(&self, id: ParameterId) -> Option<&Support> {
+        self.list[id.0].support.as_ref()
+    }
+
+    /// Returns the indices of a sparse parameter; none for others.
+    pub fn indices(&self, id: ParameterId) -> Arc<[u32]> {
+        self.support(id).map_or_else(|| Vec::new().into(), |support| Arc::clone(&support.indices))
+    }
+
+    /// Returns the entries of a sparse parameter in the form kernels take.
+    pub fn entries(&self, id: ParameterId) -> SparseEntries {
+        let tap = self.list[id.0].tap.clone().map(|tap| tap as Arc<dyn GradientTap>);
+        SparseEntries { indices: self.indices(id), tap }
+    }
+
+    /// Puts a closed tap on the gradient of the weight a sparse parameter changes.
+    pub fn add_tap(&mut self, id: ParameterId, scoring: Scoring) {
+        self.list[id.0].tap = Some(Arc::new(Tap::new(scoring)));
+    }
+
+    /// Returns the tap of a parameter, if it has one.
+    pub fn tap(&self, id: ParameterId) -> Option<&Tap> {
+        self.list[id.0].tap.as_deref()
+    }
+
+    /// Lets a parameter train from now on, or freezes it where it stands.
+    pub fn set_trains(&mut self, id: ParameterId, trains: bool) {
+        let parameter = &self.list[id.0];
+        if parameter.trains != trains && parameter.dtype() == Dtype::F32 {
+            self.list[id.0].value = Value::Floats(self.leaf(self.values(id), trains));
+            self.list[id.0].trains = trains;
+        }
+    }
+
+    /// Gives up the values of a dense parameter: it stays in the list, empty and frozen.
+    pub fn release(&mut self, id: ParameterId) {
+        self.list[id.0].value = Value::Floats(self.leaf(Vec::new(), false));
+        self.list[id.0].shape = vec![0];
+        self.list[id.0].trains = false;
     }
 
     fn leaf(&self, values: Vec<f32>, trains: bool) -> Tensor<1> {
@@ -383,6 +531,35 @@ mod tests {
         let loss = (parameters.tracked(a, [2, 2]) * parameters.tracked(a, [2, 2])).sum();
         let mut gradients = loss.backward();
         assert_eq!(parameters.take_gradient(a, &mut gradients).unwrap(), [2.0, 4.0, 6.0, 8.0]);
+    }
+
+    #[test]
+    fn entries_of_a_sparse_parameter_change_with_their_values() {
+        let mut parameters = Parameters::new(&Device::flex());
+        let id = parameters.add_sparse("s", [2, 3], vec![1, 4], vec![0.5, -0.5]);
+        assert_eq!(parameters.get(id).shape, [2]);
+        parameters.set_entries(id, vec![0, 4, 5], vec![0.0, -0.5, 2.0]).unwrap();
+        assert_eq!((parameters.num_trainable(), parameters.values(id)), (3, vec![0.0, -0.5, 2.0]));
+        assert_eq!(*parameters.indices(id), [0, 4, 5]);
+        for (indices, values) in [
+            (vec![4, 0], vec![1.0; 2]),
+            (vec![6], vec![1.0]),
+            (vec![1, 1], vec![1.0; 2]),
+            (vec![1], vec![1.0; 2]),
+        ] {
+            assert!(parameters.set_entries(id, indices, values).is_err());
+        }
+        parameters.set_trains(id, false);
+        assert_eq!((parameters.num_trainable(), parameters.values(id)), (0, vec![0.0, -0.5, 2.0]));
+    }
+
+    #[test]
+    fn a_released_parameter_is_empty() {
+        let mut parameters = list();
+        let a = parameters.find("a").unwrap();
+        parameters.release(a);
+        assert_eq!((parameters.num_trainable(), parameters.get(a).count()), (0, 0));
+        assert!(parameters.values(a).is_empty());
     }
 
     #[test]

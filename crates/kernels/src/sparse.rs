@@ -23,7 +23,13 @@ pub trait GradientTap: Debug + Send + Sync {
     ///
     /// `gradient` is `[rows, columns]`, `weight` writes a row of the weight without its change, and
     /// `indices` are the entries that are changed.
-    fn see(&self, gradient: &[f32], weight: &dyn Fn(usize, &mut [f32]), indices: &[u32]);
+    fn see(
+        &self,
+        gradient: &[f32],
+        columns: usize,
+        weight: &dyn Fn(usize, &mut [f32]),
+        indices: &[u32],
+    );
 }
 
 /// Which entries of a weight are changed, and who watches its gradient.
@@ -297,7 +303,7 @@ impl Linear {
             let tokens = dy.len() / rows.max(1);
             let mut whole = vec![0.0; rows * columns];
             product_tn(Arithmetic::F32, [rows, tokens, columns], dy, x, &mut whole);
-            tap.see(&whole, &|row, out| self.weight.row_into(row, out), indices);
+            tap.see(&whole, columns, &|row, out| self.weight.row_into(row, out), indices);
             return indices.iter().map(|index| whole[*index as usize]).collect();
         }
         let blocks = transposed(x, columns);
@@ -408,11 +414,12 @@ impl Operation<2> for Add {
         let dw = values(&gradient);
         let indices = &self.entries.indices;
         if let (Some(tap), Some(weight)) = (self.entries.open_tap(), weight) {
+            let columns = gradient.layout().shape()[1];
             let weight = values(&weight);
             let row = |row: usize, out: &mut [f32]| {
                 out.copy_from_slice(&weight[row * out.len()..][..out.len()]);
             };
-            tap.see(dw, &row, indices);
+            tap.see(dw, columns, &row, indices);
         }
         let changes = wanted[1].then(|| {
             let picked: Vec<f32> = indices.iter().map(|index| dw[*index as usize]).collect();
@@ -514,16 +521,25 @@ mod tests {
         );
     }
 
+    /// A gradient, the weight's first row, and the changed entries.
+    type Sight = (Vec<f32>, Vec<f32>, Vec<u32>);
+
     #[derive(Debug, Default)]
-    struct Seen(Mutex<Vec<(Vec<f32>, Vec<f32>, Vec<u32>)>>);
+    struct Seen(Mutex<Vec<Sight>>);
 
     impl GradientTap for Seen {
         fn is_open(&self) -> bool {
             true
         }
 
-        fn see(&self, gradient: &[f32], weight: &dyn Fn(usize, &mut [f32]), indices: &[u32]) {
-            let mut first = vec![0.0; 3];
+        fn see(
+            &self,
+            gradient: &[f32],
+            columns: usize,
+            weight: &dyn Fn(usize, &mut [f32]),
+            indices: &[u32],
+        ) {
+            let mut first = vec![0.0; columns];
             weight(0, &mut first);
             self.0.lock().unwrap().push((gradient.to_vec(), first, indices.to_vec()));
         }

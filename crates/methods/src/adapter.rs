@@ -90,6 +90,13 @@ impl Adapter {
         let mut adapter = Self { config, tensors: BTreeMap::new(), integers: BTreeMap::new() };
         for (id, p) in parameters.iter().filter(|(_, p)| p.saved) {
             let (name, shape) = (p.name.clone(), p.shape.clone());
+            if let Some(support) = parameters.support(id) {
+                let columns = support.matrix[1].max(1) as i64;
+                let places = || support.indices.iter().map(|index| i64::from(*index));
+                let indices = places().map(|i| i / columns).chain(places().map(|i| i % columns));
+                let of = (Dtype::I32, vec![2, support.indices.len()], indices.collect());
+                adapter.integers.insert(indices_name(&name), of);
+            }
             if p.dtype() == Dtype::F32 {
                 adapter.tensors.insert(name, (shape, parameters.values(id)));
             } else {
@@ -201,7 +208,15 @@ impl Adapter {
             .filter(|(_, p)| p.saved)
             .map(|(id, p)| (id, p.name.clone(), p.shape.clone(), p.dtype() == Dtype::F32))
             .collect();
+        let mut entries = Vec::new();
         for (id, name, shape, is_float) in &known {
+            if parameters.support(*id).is_some() {
+                entries.push(indices_name(name));
+                if let Err(error) = self.fill_sparse(*id, name, parameters) {
+                    wrong.push(format!("`{name}`: {error}"));
+                }
+                continue;
+            }
             let (float, whole) = (self.tensors.get(name), self.integers.get(name));
             match (float.map(|(shape, _)| shape), whole.map(|(_, shape, _)| shape)) {
                 (None, None) => wrong.push(format!("`{name}` is missing")),
@@ -222,7 +237,9 @@ impl Adapter {
             }
         }
         for name in self.tensors.keys().chain(self.integers.keys()) {
-            if !is_carried(name, &known) && !known.iter().any(|(_, known, ..)| known == name) {
+            let belongs =
+                known.iter().any(|(_, known, ..)| known == name) || entries.contains(name);
+            if !belongs && !is_carried(name, &known) {
                 wrong.push(format!("`{name}` belongs to nothing in this model"));
             }
         }
@@ -253,6 +270,43 @@ fn is_carried(name: &str, known: &[(ParameterId, String, Vec<usize>, bool)]) -> 
     let repeated = matches!(last, "randlora_A" | "randlora_B")
         && known.iter().any(|(_, known, ..)| *known == format!("base_model.{last}"));
     name.ends_with(".base_layer.weight") || repeated
+}
+
+impl Adapter {
+    /// Takes entries and values of a sparse change from the file, in any order.
+    fn fill_sparse(
+        &self,
+        id: ParameterId,
+        name: &str,
+        parameters: &mut Parameters,
+    ) -> Result<(), String> {
+        let [rows, columns] = parameters.support(id).map_or([0, 0], |support| support.matrix);
+        let (_, values) = self.tensors.get(name).ok_or("it is missing")?;
+        let indices = indices_name(name);
+        let (_, shape, places) = self
+            .integers
+            .get(&indices)
+            .ok_or_else(|| format!("its indices `{indices}` are missing"))?;
+        if *shape != [2, values.len()] {
+            return Err(format!("indices of shape {shape:?}, expected [2, {}]", values.len()));
+        }
+        let (of_rows, of_columns) = places.split_at(values.len());
+        let mut entries = Vec::with_capacity(values.len());
+        for ((row, column), value) in of_rows.iter().zip(of_columns).zip(values) {
+            if !(0..rows as i64).contains(row) || !(0..columns as i64).contains(column) {
+                return Err(format!("entry ({row}, {column}) lies outside {rows} x {columns}"));
+            }
+            entries.push(((row * columns as i64 + column) as u32, *value));
+        }
+        entries.sort_by_key(|(index, _)| *index);
+        let (indices, values) = entries.into_iter().unzip();
+        parameters.set_entries(id, indices, values).map_err(|error| error.to_string())
+    }
+}
+
+/// Returns the name of the entries of a sparse change, beside its values.
+fn indices_name(values: &str) -> String {
+    format!("{}_indices", values.strip_suffix("_weight").unwrap_or(values))
 }
 
 /// Writes JSON with sorted keys and an indent of 2, as PEFT does.

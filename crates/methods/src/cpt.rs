@@ -208,7 +208,7 @@ impl InputChange for MovedContext {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use retune_core::random::Seed;
+    use retune_core::step::StepParts;
     use tensor::Device;
 
     #[test]
@@ -218,9 +218,8 @@ mod tests {
         let mut parameters = Parameters::new(&Device::flex());
         let id = parameters.add(SHIFT, &[3, 2048], vec![1.0; 3 * 2048]);
         // A row of ones is √2048 long.
-        let mut view =
-            StepView { step: 1, num_steps: 2, parameters: &mut parameters, seed: Seed(0) };
-        options.on_step(&mut view);
+        let mut parts = StepParts::new(&parameters);
+        options.on_step(&mut parts.view(1, 2, &mut parameters));
         let values = parameters.values(id);
         let length = |row: usize| {
             values[row * 2048..(row + 1) * 2048].iter().map(|v| v * v).sum::<f32>().sqrt()

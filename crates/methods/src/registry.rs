@@ -8,10 +8,10 @@ use serde_json::Value;
 
 use crate::{
     adalora, autopeft, beft, boft, c3a, cartridge, cpt, deft, delora, dept, fourierft, full, glora,
-    gralora, hira, hra, ia3, iaa, lily, llama_adapter, ln_tuning, loha, lokr, lora, miss,
-    multitask_prompt_tuning, oft, p_tuning, peanut, poly, prefix_tuning, prompt_tuning, pvera,
-    randlora, reft, road, shira, ssf, supertuning, trainable_tokens, unified_view, vblora, vera,
-    waveft,
+    gralora, hft, hira, hra, ia3, iaa, id3, lily, llama_adapter, ln_tuning, loha, lokr, lora,
+    lt_sft, miss, multitask_prompt_tuning, oft, p_tuning, peanut, poly, prefix_tuning,
+    prompt_tuning, pvera, randlora, reft, road, sara, shira, spiel, ssf, supertuning,
+    trainable_tokens, unified_view, vblora, vera, waveft,
 };
 
 /// Makes a method from an `adapter_config.json`.
@@ -74,6 +74,11 @@ pub const METHODS: &[Plugin] = &[
     iaa::PLUGIN,
     reft::PLUGIN,
     autopeft::PLUGIN,
+    hft::PLUGIN,
+    spiel::PLUGIN,
+    sara::PLUGIN,
+    lt_sft::PLUGIN,
+    id3::PLUGIN,
 ];
 
 /// Finds a method by the name a recipe uses.

@@ -2,16 +2,17 @@
 
 use crate::error::{Error, Result};
 use retune_core::batch::Batch;
-use retune_core::change::Mode;
+use retune_core::change::{Changes, Mode};
+use retune_core::method::Reference;
 use retune_core::model::{Output, Tuned};
 use retune_core::parameters::{Parameters, to_vec};
 use retune_core::pass::Pass;
 use retune_core::random::Seed;
 use retune_core::site::Site;
+use retune_core::spec::Head;
 use tensor::{Gradients, Int, Tensor, TensorData, activation};
 
-/// Gradients of all parameters that train, in their order; nothing where none arrived.
-pub type FlatGradients = Vec<Option<Vec<f32>>>;
+pub use retune_core::step::FlatGradients;
 
 /// What one optimiser step computed before anything moved.
 #[derive(Debug)]
@@ -20,10 +21,21 @@ pub struct StepResult {
     pub loss: f64,
     /// Gradient of that mean, per parameter.
     pub gradients: FlatGradients,
+    /// Gradient of the distance to the base's predictions, where it was asked for.
+    pub reference_gradients: FlatGradients,
     /// Tokens read.
     pub num_tokens: u64,
     /// Labels that carried a loss.
     pub num_labels: u64,
+}
+
+/// What a method wants of a step beyond the gradient of the mean loss per label.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Demands {
+    /// Also the gradient of the distance to the base's predictions.
+    pub reference: Option<Reference>,
+    /// Each row weighs the same, however many labels it has.
+    pub rows_alike: bool,
 }
 
 /// Settings of the learner.
@@ -49,35 +61,130 @@ impl Backprop {
         micro_batches: &[Batch],
         step: u64,
     ) -> Result<StepResult> {
+        self.step_with(tuned, micro_batches, step, &Demands::default())
+    }
+
+    /// Computes [`Backprop::step`] with what a method wants beside it.
+    ///
+    /// # Errors
+    /// As [`Backprop::step`].
+    pub fn step_with(
+        &self,
+        tuned: &Tuned<'_>,
+        micro_batches: &[Batch],
+        step: u64,
+        demands: &Demands,
+    ) -> Result<StepResult> {
         let head = &tuned.model.spec().head;
         let num_labels: usize = micro_batches.iter().map(|batch| batch.num_labels(head)).sum();
         if num_labels == 0 {
             return Err(Error::NothingToLearn { step: step + 1, rows: row_list(micro_batches) });
         }
+        let num_rows: usize = micro_batches.iter().map(|batch| row_labels(batch, head).1).sum();
+        let empty = || tuned.parameters.iter().map(|_| None).collect::<FlatGradients>();
         let mut result = StepResult {
             loss: 0.0,
-            gradients: Vec::new(),
+            gradients: empty(),
+            reference_gradients: if demands.reference.is_some() { empty() } else { Vec::new() },
             num_tokens: 0,
             num_labels: num_labels as u64,
         };
-        result.gradients.resize_with(tuned.parameters.iter().count(), || None);
         for (index, batch) in micro_batches.iter().enumerate() {
             result.num_tokens += batch.num_tokens() as u64;
             if batch.num_labels(head) == 0 {
                 continue;
             }
             let mode = Mode::Train { seed: self.seed, pass: (step << 16) | index as u64 };
-            let mut pass = Pass::new(tuned.weights, tuned.changes, tuned.parameters, batch, mode)?;
-            let scale = 1.0 / num_labels as f64;
-            let sink = &mut result.gradients;
-            let loss = if self.recompute {
-                recomputed(tuned, &mut pass, scale, sink)?
+            let open = || Pass::new(tuned.weights, tuned.changes, tuned.parameters, batch, mode);
+            let mut pass = open()?;
+            let weighing = if demands.rows_alike {
+                Weighing::Rows(row_labels(batch, head).0, num_rows)
             } else {
-                kept(tuned, &mut pass, scale, sink)?
+                Weighing::Labels(num_labels)
             };
-            result.loss += loss * scale;
+            let sink = &mut result.gradients;
+            result.loss += if self.recompute {
+                recomputed(tuned, &mut pass, &weighing, sink)?
+            } else {
+                kept(tuned, &mut pass, &weighing, sink)?
+            };
+            if let Some(reference) = demands.reference {
+                let scale = 1.0 / num_labels as f64;
+                let loss = reference_loss(tuned, &mut open()?, batch, reference)?;
+                if loss.is_tracked() {
+                    let gradients = loss.mul_scalar(scale).backward();
+                    collect(tuned.parameters, gradients, &mut result.reference_gradients);
+                }
+            }
         }
         Ok(result)
+    }
+}
+
+/// How the losses of single labels become one number.
+enum Weighing {
+    /// Each label by one over this.
+    Labels(usize),
+    /// Each label of row `i` by one over the row's labels (the list) and the number of rows.
+    Rows(Vec<usize>, usize),
+}
+
+/// Counts the labels of each document, and the documents that have any.
+fn row_labels(batch: &Batch, head: &Head) -> (Vec<usize>, usize) {
+    let counts: Vec<usize> = match head {
+        Head::Classes { .. } => {
+            batch.classes.iter().map(|class| usize::from(class.is_some())).collect()
+        }
+        _ => batch
+            .spans
+            .iter()
+            .map(|span| batch.targets[span].iter().filter(|target| target.is_some()).count())
+            .collect(),
+    };
+    let with_labels = counts.iter().filter(|count| **count > 0).count();
+    (counts, with_labels)
+}
+
+/// Sums `−p log q` over the labels of a batch, `p` of the base and `q` of the tuned model.
+fn reference_loss(
+    tuned: &Tuned<'_>,
+    pass: &mut Pass<'_>,
+    batch: &Batch,
+    reference: Reference,
+) -> Result<Tensor<1>> {
+    let rows: Vec<usize> =
+        (0..batch.targets.len()).filter(|t| batch.targets[*t].is_some()).collect();
+    let read = |pass: &mut Pass<'_>, output: Output| match output {
+        Output::States(states) => pass.logits(&states, &rows),
+        Output::Classes(logits) => {
+            let labelled: Vec<i32> = (0..batch.classes.len())
+                .filter(|row| batch.classes[*row].is_some())
+                .map(|row| row as i32)
+                .collect();
+            let count = labelled.len();
+            let device = logits.clone().inner().device();
+            Ok(logits.select(
+                0,
+                Tensor::<1, Int>::from_data(TensorData::new(labelled, [count]), &device),
+            ))
+        }
+        Output::Embeddings(_) => Err(no_loss_on_vectors()),
+    };
+    let nothing = Changes::default();
+    let base = Tuned { changes: &nothing, ..*tuned };
+    let p = base.evaluate(batch, None, |pass, output| {
+        let logits = read(pass, output)?;
+        Ok(activation::softmax(logits.inner().div_scalar(reference.temperature), 1))
+    })?;
+    let output = tuned.model.forward(pass)?;
+    let logits = read(pass, output)?.div_scalar(reference.temperature);
+    Ok((activation::log_softmax(logits, 1) * p).sum().neg())
+}
+
+fn no_loss_on_vectors() -> retune_core::Error {
+    retune_core::Error::Unsupported {
+        what: "training on document vectors".to_owned(),
+        help: "train this model as a classifier: give the data labels".to_owned(),
     }
 }
 
@@ -91,15 +198,35 @@ pub fn row_list(batches: &[Batch]) -> String {
     text
 }
 
-/// Sums the losses of a batch's labels.
-fn summed_loss(pass: &mut Pass<'_>, output: Output) -> retune_core::Result<Tensor<1>> {
-    match output {
-        Output::States(states) => Ok(pass.token_losses(states)?.sum()),
-        Output::Classes(logits) => Ok(class_losses(logits, &pass.batch().classes).sum()),
-        Output::Embeddings(_) => Err(retune_core::Error::Unsupported {
-            what: "training on document vectors".to_owned(),
-            help: "train this model as a classifier: give the data labels".to_owned(),
-        }),
+/// Adds up the weighted losses of a batch's labels.
+fn weighted_loss(
+    pass: &mut Pass<'_>,
+    output: Output,
+    weighing: &Weighing,
+) -> retune_core::Result<Tensor<1>> {
+    let spans = pass.spans().clone();
+    let (losses, of_tokens) = match output {
+        Output::States(states) => (pass.token_losses(states)?, true),
+        Output::Classes(logits) => (class_losses(logits, &pass.batch().classes), false),
+        Output::Embeddings(_) => return Err(no_loss_on_vectors()),
+    };
+    match weighing {
+        Weighing::Labels(count) => Ok(losses.sum().mul_scalar(1.0 / *count as f64)),
+        Weighing::Rows(labels, rows) => {
+            let weight = |count: usize| 1.0 / (count.max(1) * rows) as f32;
+            let weights: Vec<f32> = if of_tokens {
+                let of_span = |(span, count): (std::ops::Range<usize>, &usize)| {
+                    std::iter::repeat_n(weight(*count), span.len())
+                };
+                spans.iter().zip(labels).flat_map(of_span).collect()
+            } else {
+                labels.iter().map(|count| weight(*count)).collect()
+            };
+            let count = weights.len();
+            let device = losses.clone().inner().device();
+            let weights = Tensor::<1>::from_data(TensorData::new(weights, [count]), &device);
+            Ok((losses * weights).sum())
+        }
     }
 }
 
@@ -123,14 +250,14 @@ pub fn class_losses(logits: Tensor<2>, classes: &[Option<u32>]) -> Tensor<1> {
 fn kept(
     tuned: &Tuned<'_>,
     pass: &mut Pass<'_>,
-    scale: f64,
+    weighing: &Weighing,
     sink: &mut FlatGradients,
 ) -> Result<f64> {
     let output = tuned.model.forward(pass)?;
-    let loss = summed_loss(pass, output)?;
+    let loss = weighted_loss(pass, output, weighing)?;
     let value = scalar(&loss);
     if loss.is_tracked() {
-        collect(tuned.parameters, loss.mul_scalar(scale).backward(), sink);
+        collect(tuned.parameters, loss.backward(), sink);
     }
     Ok(value)
 }
@@ -140,7 +267,7 @@ fn kept(
 fn recomputed(
     tuned: &Tuned<'_>,
     pass: &mut Pass<'_>,
-    scale: f64,
+    weighing: &Weighing,
     sink: &mut FlatGradients,
 ) -> Result<f64> {
     if let Some(site) = tuned.changes.across_layers() {
@@ -165,9 +292,9 @@ fn recomputed(
     }
     let last = leaf(&inputs[num_layers]);
     let output = model.finish(pass, last.clone())?;
-    let loss = summed_loss(pass, output)?;
+    let loss = weighted_loss(pass, output, weighing)?;
     let value = scalar(&loss);
-    let mut gradients = loss.mul_scalar(scale).backward();
+    let mut gradients = loss.backward();
     let mut upstream = last.grad_remove(&mut gradients);
     collect(tuned.parameters, gradients, sink);
     inputs.pop();

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use retune_core::method::ParameterState;
 use retune_core::parameters::Parameters;
+use retune_core::tap::{Tap, Window};
 use retune_files::Dtype;
 use retune_files::atomic::{AtomicFolder, recover};
 use retune_files::safetensors::{SafetensorsFile, SafetensorsWriter, TensorSpec};
@@ -13,6 +15,8 @@ use sha2::{Digest, Sha256};
 
 const PARAMETERS: &str = "parameters.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
+/// Which entries sparse parameters stand for, and what taps on gradients have gathered.
+const ENTRIES: &str = "entries.safetensors";
 const STATE: &str = "state.json";
 
 /// Where a run stands, beside its numbers.
@@ -30,10 +34,27 @@ pub struct State {
     pub evaluations_without_better: u64,
     /// SHA-256 of the two safetensors files, so that a file cut in half is noticed.
     pub hashes: BTreeMap<String, String>,
+    /// What is known of each parameter beside its numbers.
+    #[serde(default)]
+    pub parameters: BTreeMap<String, Record>,
+    /// What the method keeps beside the parameters.
+    #[serde(default)]
+    pub method: serde_json::Value,
 }
 
-/// Optimiser state: one set of lists per parameter, in the order of the parameters.
-pub type OptimizerState = Vec<Vec<Vec<f32>>>;
+/// What is known of a parameter beside its numbers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Whether it trains.
+    pub trains: bool,
+    /// Steps that were done when its optimiser state was made.
+    pub since: u64,
+    /// Where a tap on its gradient is open: candidates it has yet to choose, steps it has summed.
+    pub tap: Option<(usize, u64)>,
+}
+
+/// Optimiser state, in the order of the parameters.
+pub type OptimizerState = Vec<ParameterState>;
 
 /// Returns the folder of the checkpoint after `step` steps.
 pub fn folder(root: &Path, step: u64) -> PathBuf {
@@ -66,9 +87,10 @@ pub fn save(
     let lists: Vec<(String, &Vec<f32>)> = parameters
         .iter()
         .zip(optimizer)
-        .flat_map(|((_, parameter), lists)| {
+        .flat_map(|((_, parameter), state)| {
             let keys = state_names.iter().map(|name| format!("{name}/{}", parameter.name));
-            keys.zip(lists).collect::<Vec<_>>()
+            let ages = state.ages.iter().map(|ages| (format!("{AGE}/{}", parameter.name), ages));
+            keys.zip(&state.lists).chain(ages).collect::<Vec<_>>()
         })
         .collect();
     let specs: Vec<TensorSpec> = lists
@@ -81,7 +103,19 @@ pub fn save(
         writer.write_f32(key, list)?;
     }
     writer.finish()?;
-    for name in [PARAMETERS, OPTIMIZER] {
+    let mut files = vec![PARAMETERS, OPTIMIZER];
+    if write_entries(&staging.path().join(ENTRIES), parameters)? {
+        files.push(ENTRIES);
+    }
+    state.parameters = parameters
+        .iter()
+        .zip(optimizer)
+        .map(|((id, parameter), state)| {
+            let tap = parameters.tap(id).and_then(Tap::window).map(|w| (w.room, w.updates));
+            (parameter.name.clone(), Record { trains: parameter.trains, since: state.since, tap })
+        })
+        .collect();
+    for name in files {
         let hash = sha256(&staging.path().join(name)).map_err(|error| staging.error(error))?;
         state.hashes.insert(name.to_owned(), hash);
     }
@@ -91,6 +125,50 @@ pub fn save(
     // A resumed run may save the same step again, with the same bits.
     staging.replace()?;
     Ok(path)
+}
+
+/// The list of ages in the optimiser's file, beside the optimiser's own.
+const AGE: &str = "age";
+
+/// Writes the entries of sparse parameters and the windows of open taps; says whether there are any.
+fn write_entries(path: &Path, parameters: &Parameters) -> Result<bool> {
+    let mut integers: Vec<(String, Vec<u32>)> = Vec::new();
+    let mut floats: Vec<(String, Vec<f32>)> = Vec::new();
+    for (id, parameter) in parameters.iter() {
+        let name = &parameter.name;
+        if let Some(support) = parameters.support(id) {
+            integers.push((format!("indices/{name}"), support.indices.to_vec()));
+        }
+        if let Some(window) = parameters.tap(id).and_then(Tap::window) {
+            integers.push((format!("tap.candidates/{name}"), window.candidates));
+            for (part, list) in [
+                ("weights", window.weights),
+                ("pending", window.pending),
+                ("sums", window.sums),
+                ("squares", window.squares),
+            ] {
+                floats.push((format!("tap.{part}/{name}"), list));
+            }
+        }
+    }
+    if integers.is_empty() {
+        return Ok(false);
+    }
+    let specs: Vec<TensorSpec> = integers
+        .iter()
+        .map(|(key, list)| TensorSpec::new(key, Dtype::U32, vec![list.len()]))
+        .chain(floats.iter().map(|(key, list)| TensorSpec::new(key, Dtype::F32, vec![list.len()])))
+        .collect();
+    let mut writer = SafetensorsWriter::create(path, &specs, &BTreeMap::new())?;
+    for (key, list) in &integers {
+        let bytes: Vec<u8> = list.iter().flat_map(|index| index.to_le_bytes()).collect();
+        writer.write(key, &bytes)?;
+    }
+    for (key, list) in &floats {
+        writer.write_f32(key, list)?;
+    }
+    writer.finish()?;
+    Ok(true)
 }
 
 /// Lists the steps of all checkpoints under `root`, newest first. Unfinished ones are not listed.
@@ -180,7 +258,7 @@ pub fn load_newest(
                         help: "the recipe, the data or the model changed since; undo that, or start anew with `retune run`".to_owned(),
                     });
                 }
-                let optimizer = fill(&path, parameters, state_names)?;
+                let optimizer = fill(&path, &state, parameters, state_names)?;
                 return Ok((state, optimizer, refused));
             }
             Err(error) => refused.push(format!("{} is damaged: {error}", path.display())),
@@ -219,29 +297,81 @@ fn read_whole(path: &Path) -> Result<State> {
 /// # Errors
 /// If the checkpoint is damaged or belongs to another run.
 pub fn load_values(path: &Path, parameters: &mut Parameters) -> Result<()> {
-    read_whole(path)?;
+    let state = read_whole(path)?;
+    fill_values(path, &state, parameters)
+}
+
+fn fill_values(path: &Path, state: &State, parameters: &mut Parameters) -> Result<()> {
     let values = SafetensorsFile::open(path.join(PARAMETERS))?;
+    let entries = if state.hashes.contains_key(ENTRIES) {
+        Some(SafetensorsFile::open(path.join(ENTRIES))?)
+    } else {
+        None
+    };
+    let integers = |key: &str| -> Result<Vec<u32>> {
+        let Some(file) = &entries else { return Ok(Vec::new()) };
+        Ok(file.tensor(key)?.to_i64()?.into_iter().map(|index| index as u32).collect())
+    };
+    let floats = |key: &str| -> Result<Vec<f32>> {
+        let Some(file) = &entries else { return Ok(Vec::new()) };
+        Ok(file.tensor(key)?.to_f32()?)
+    };
     let ids: Vec<_> = parameters.iter().map(|(id, p)| (id, p.name.clone())).collect();
     for (id, name) in ids {
-        parameters.read(id, &values.tensor(&name)?)?;
+        let record = state.parameters.get(&name);
+        let tensor = values.tensor(&name)?;
+        if parameters.support(id).is_some() {
+            parameters.set_entries(id, integers(&format!("indices/{name}"))?, tensor.to_f32()?)?;
+        } else if tensor.shape == [0] && parameters.get(id).count() > 0 {
+            parameters.release(id);
+        } else {
+            parameters.read(id, &tensor)?;
+        }
+        let Some(record) = record else { continue };
+        parameters.set_trains(id, record.trains);
+        if let Some(tap) = parameters.tap(id) {
+            let window = match record.tap {
+                None => None,
+                Some((room, updates)) => Some(Window {
+                    room,
+                    updates,
+                    candidates: integers(&format!("tap.candidates/{name}"))?,
+                    weights: floats(&format!("tap.weights/{name}"))?,
+                    pending: floats(&format!("tap.pending/{name}"))?,
+                    sums: floats(&format!("tap.sums/{name}"))?,
+                    squares: floats(&format!("tap.squares/{name}"))?,
+                }),
+            };
+            tap.restore(window);
+        }
     }
     Ok(())
 }
 
-fn fill(path: &Path, parameters: &mut Parameters, state_names: &[&str]) -> Result<OptimizerState> {
-    let values = SafetensorsFile::open(path.join(PARAMETERS))?;
+fn fill(
+    path: &Path,
+    state: &State,
+    parameters: &mut Parameters,
+    state_names: &[&str],
+) -> Result<OptimizerState> {
+    fill_values(path, state, parameters)?;
     let moments = SafetensorsFile::open(path.join(OPTIMIZER))?;
-    let ids: Vec<_> = parameters.iter().map(|(id, p)| (id, p.name.clone(), p.trains)).collect();
-    let mut optimizer = Vec::with_capacity(ids.len());
-    for (id, name, trains) in ids {
-        parameters.read(id, &values.tensor(&name)?)?;
-        let mut lists = Vec::new();
-        if trains {
-            for state in state_names {
-                lists.push(moments.tensor(&format!("{state}/{name}"))?.to_f32()?);
+    let mut optimizer = Vec::new();
+    for (_, parameter) in parameters.iter() {
+        let name = &parameter.name;
+        let mut of = ParameterState {
+            since: state.parameters.get(name).map_or(0, |record| record.since),
+            ..ParameterState::default()
+        };
+        if parameter.trains && !parameter.moved_by_method {
+            for list in state_names {
+                of.lists.push(moments.tensor(&format!("{list}/{name}"))?.to_f32()?);
+            }
+            if parameter.counts_ages {
+                of.ages = Some(moments.tensor(&format!("{AGE}/{name}"))?.to_f32()?);
             }
         }
-        optimizer.push(lists);
+        optimizer.push(of);
     }
     Ok(optimizer)
 }

@@ -72,6 +72,20 @@ impl Schedule {
     }
 }
 
+impl Schedule {
+    /// Gives each stage of a run the whole shape: last steps, and the schedule inside the stage.
+    pub fn split(&self, lengths: &[u64]) -> Vec<(u64, Self)> {
+        let mut end = 0;
+        let stage = |length: u64| {
+            end += length;
+            let part = length as f64 / self.num_steps.max(1) as f64;
+            let warmup_steps = (self.warmup_steps as f64 * part).round() as u64;
+            (end, Self { num_steps: length, warmup_steps, ..*self })
+        };
+        lengths.iter().copied().map(stage).collect()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -101,6 +115,15 @@ mod tests {
         assert_eq!(s.rate(7), 2.0);
         assert_eq!(s.rate(8), 2.0);
         assert!((s.rate(9) - 2.0 * 0.55).abs() < 1e-12);
+    }
+
+    #[test]
+    fn every_stage_begins_and_ends_like_the_run() {
+        let stages = Schedule { warmup_steps: 5, ..schedule(Shape::Linear) }.split(&[4, 6]);
+        assert_eq!((stages[0].0, stages[0].1.num_steps, stages[0].1.warmup_steps), (4, 4, 2));
+        assert_eq!((stages[1].0, stages[1].1.num_steps, stages[1].1.warmup_steps), (10, 6, 3));
+        let whole = schedule(Shape::Cosine);
+        assert_eq!(whole.split(&[10]), [(10, whole)]);
     }
 
     #[test]

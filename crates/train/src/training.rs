@@ -1,18 +1,19 @@
 //! The walk over the steps: batches in, events out, checkpoints on disk.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use crate::backprop::{Backprop, StepResult, global_norm, row_list};
+use crate::backprop::{Backprop, Demands, FlatGradients, StepResult, global_norm, row_list};
 use crate::checkpoint::{self, OptimizerState, State};
 use crate::error::{Error, Result};
-use crate::optimizer::{Optimizer, Step};
+use crate::optimizer::{MemoryOf, Optimizer, Step};
 use crate::schedule::Schedule;
 use retune_core::batch::Batch;
 use retune_core::change::Changes;
 use retune_core::event::{Event, Observer};
-use retune_core::method::{Method, StepView};
+use retune_core::method::{Method, ParameterState, StepView};
 use retune_core::model::{Model, Tuned};
-use retune_core::parameters::Parameters;
+use retune_core::parameters::{Parameter, Parameters};
 use retune_core::random::Seed;
 use retune_core::weights::Weights;
 
@@ -79,6 +80,8 @@ pub struct Training<'a> {
     optimizer: Box<dyn Optimizer>,
     optimizer_state: OptimizerState,
     walk: Walk,
+    /// Last step and schedule of each stage.
+    stages: Vec<(u64, Schedule)>,
     state: State,
 }
 
@@ -97,6 +100,7 @@ impl<'a> Training<'a> {
         let mut parameters = Parameters::new(weights.device());
         let changes = method.attach(weights, &mut parameters, walk.seed)?;
         let optimizer_state = fresh_state(&parameters, optimizer.as_ref());
+        let stages = walk.schedule.split(&method.stages(walk.num_steps)?);
         let state = State {
             format: 1,
             plan: walk.plan.clone(),
@@ -104,6 +108,8 @@ impl<'a> Training<'a> {
             best: None,
             evaluations_without_better: 0,
             hashes: std::collections::BTreeMap::default(),
+            parameters: std::collections::BTreeMap::default(),
+            method: serde_json::Value::Null,
         };
         Ok(Self {
             model,
@@ -114,6 +120,7 @@ impl<'a> Training<'a> {
             optimizer,
             optimizer_state,
             walk,
+            stages,
             state,
         })
     }
@@ -130,6 +137,7 @@ impl<'a> Training<'a> {
             &mut self.parameters,
             names,
         )?;
+        self.method.load_state(&state.method)?;
         self.optimizer_state = optimizer;
         self.state = state;
         Ok((self.state.step, refused))
@@ -148,6 +156,11 @@ impl<'a> Training<'a> {
     /// Returns the method.
     pub fn method(&self) -> &dyn Method {
         self.method.as_ref()
+    }
+
+    /// Returns what the optimiser remembers, per parameter.
+    pub fn optimizer_state(&self) -> &[ParameterState] {
+        &self.optimizer_state
     }
 
     /// Returns the steps done.
@@ -211,20 +224,68 @@ impl<'a> Training<'a> {
         let step = self.state.step;
         let micro_batches = batches.micro_batches(step)?;
         let learner = Backprop { seed: self.walk.seed, recompute: self.walk.recompute };
-        let mut result = learner.step(&self.tuned(), &micro_batches, step)?;
-        let norm = global_norm(&result.gradients);
-        for (what, value) in [("loss", result.loss), ("gradient norm", norm)] {
-            if !value.is_finite() {
-                return Err(self.not_finite(what, value, &micro_batches));
-            }
+        let demands = Demands {
+            reference: self.method.reference(),
+            rows_alike: self.method.weighs_rows_alike(),
+        };
+        let rate = self.rate(step);
+        let spec = Arc::clone(self.model.spec());
+        let nothing = FlatGradients::new();
+        let mut view = StepView {
+            spec: &spec,
+            step: step + 1,
+            num_steps: self.walk.num_steps,
+            loss: f64::NAN,
+            learning_rate: rate,
+            gradient_scale: 1.0,
+            parameters: &mut self.parameters,
+            gradients: &mut FlatGradients::new(),
+            reference_gradients: &nothing,
+            states: &mut self.optimizer_state,
+            optimizer: &MemoryOf(self.optimizer.as_ref()),
+            seed: self.walk.seed,
+        };
+        self.method.before_step(&mut view)?;
+        let mut result = learner.step_with(&self.tuned(), &micro_batches, step, &demands)?;
+        if !result.loss.is_finite() {
+            return Err(self.not_finite("loss", result.loss, &micro_batches));
         }
-        let rate = self.walk.schedule.rate(step);
-        self.apply(&mut result, norm, rate);
+        let mut view = StepView {
+            spec: &spec,
+            step: step + 1,
+            num_steps: self.walk.num_steps,
+            loss: result.loss,
+            learning_rate: rate,
+            gradient_scale: 1.0,
+            parameters: &mut self.parameters,
+            gradients: &mut result.gradients,
+            reference_gradients: &result.reference_gradients,
+            states: &mut self.optimizer_state,
+            optimizer: &MemoryOf(self.optimizer.as_ref()),
+            seed: self.walk.seed,
+        };
+        self.method.on_gradients(&mut view)?;
+        let norm = global_norm(view.gradients);
+        if !norm.is_finite() {
+            return Err(self.not_finite("gradient norm", norm, &micro_batches));
+        }
+        // The same factor as in PyTorch's clip_grad_norm_, whose numbers the golden pack has.
+        let factor =
+            if self.walk.clip > 0.0 { (self.walk.clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        self.apply(&mut result, factor, rate);
         self.state.step += 1;
         let mut view = StepView {
+            spec: &spec,
             step: self.state.step,
             num_steps: self.walk.num_steps,
+            loss: result.loss,
+            learning_rate: rate,
+            gradient_scale: factor,
             parameters: &mut self.parameters,
+            gradients: &mut result.gradients,
+            reference_gradients: &result.reference_gradients,
+            states: &mut self.optimizer_state,
+            optimizer: &MemoryOf(self.optimizer.as_ref()),
             seed: self.walk.seed,
         };
         self.method.on_step(&mut view)?;
@@ -240,23 +301,48 @@ impl<'a> Training<'a> {
         Ok(())
     }
 
-    fn apply(&mut self, result: &mut StepResult, norm: f64, rate: f64) {
-        // The same factor as in PyTorch's clip_grad_norm_, whose numbers the golden pack has.
-        let factor =
-            if self.walk.clip > 0.0 { (self.walk.clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
+    /// Returns the learning rate of a step, counted from 0: each stage has the schedule anew.
+    fn rate(&self, step: u64) -> f64 {
+        let mut start = 0;
+        for (end, schedule) in &self.stages {
+            if step < *end {
+                return schedule.rate(step - start);
+            }
+            start = *end;
+        }
+        self.walk.schedule.rate(step)
+    }
+
+    fn apply(&mut self, result: &mut StepResult, factor: f64, rate: f64) {
         let ids: Vec<_> = self.parameters.iter().map(|(id, _)| id).collect();
-        for (id, gradient) in ids.into_iter().zip(&mut result.gradients) {
-            let Some(gradient) = gradient.take() else { continue };
+        for (id, slot) in ids.into_iter().zip(&mut result.gradients) {
             let parameter = self.parameters.get(id);
+            if parameter.moved_by_method {
+                continue;
+            }
+            let Some(gradient) = slot.take() else { continue };
+            let ParameterState { lists, ages, since } = &mut self.optimizer_state[id.index()];
             let step = Step {
                 learning_rate: rate * parameter.rate_factor,
                 decays: parameter.decays,
-                number: self.state.step + 1,
+                number: self.state.step + 1 - *since,
                 gradient_scale: factor,
             };
-            let state = &mut self.optimizer_state[id.index()];
             let optimizer = self.optimizer.as_ref();
-            self.parameters.update(id, |values| optimizer.step(step, values, &gradient, state));
+            match ages {
+                None => {
+                    self.parameters
+                        .update(id, |values| optimizer.step(step, values, &gradient, lists));
+                }
+                Some(ages) => {
+                    for age in ages.iter_mut() {
+                        *age += 1.0;
+                    }
+                    self.parameters.update(id, |values| {
+                        optimizer.step_aged(step, ages, values, &gradient, lists);
+                    });
+                }
+            }
         }
     }
 
@@ -302,9 +388,10 @@ impl<'a> Training<'a> {
     /// Saves, unless this step is saved already, and removes what is neither best nor among the last.
     fn save(&self, observer: &mut dyn Observer) -> Result<()> {
         let root = &self.walk.checkpoints;
+        let state = State { method: self.method.save_state(), ..self.state.clone() };
         let path = checkpoint::save(
             root,
-            self.state.clone(),
+            state,
             &self.parameters,
             self.optimizer.state_names(),
             &self.optimizer_state,
@@ -328,11 +415,15 @@ impl<'a> Training<'a> {
     }
 }
 
-/// Returns the optimiser's lists, all zero; buffers have none.
+/// Returns the optimiser's lists, all zero; what it does not move has none.
 fn fresh_state(parameters: &Parameters, optimizer: &dyn Optimizer) -> OptimizerState {
     let lists = optimizer.state_names().len();
-    parameters
-        .iter()
-        .map(|(_, p)| if p.trains { vec![vec![0.0; p.count()]; lists] } else { Vec::new() })
-        .collect()
+    let of = |p: &Parameter| {
+        if p.trains && !p.moved_by_method {
+            ParameterState::fresh(p.count(), lists, p.counts_ages, 0)
+        } else {
+            ParameterState::default()
+        }
+    };
+    parameters.iter().map(|(_, p)| of(p)).collect()
 }

@@ -1,8 +1,9 @@
 //! What a gradient reaches.
 
 use retune_core::batch::Batch;
-use retune_core::method::StepView;
 use retune_core::parameters::Parameters;
+use retune_core::spec::ModelSpec;
+use retune_core::step::StepParts;
 use retune_train::backprop::{Backprop, global_norm};
 
 use crate::case::{Attached, Case, Failed, NUM_STEPS, SEED};
@@ -25,14 +26,25 @@ fn run(case: &Case<'_>) -> Result<(), Failed> {
     let mut reached = vec![false; attached.parameters.iter().count()];
     for step in 0..3 {
         let documents = case.subject.documents(&format!("step {step}"), &[6, 9]);
+        let mut parts = StepParts::new(&attached.parameters);
+        parts.spec = ModelSpec::clone(case.subject.spec());
+        method.before_step(&mut parts.view(step + 1, NUM_STEPS, &mut attached.parameters))?;
         let tuned = attached.tuned(&*case.subject.model);
         let learner = Backprop { seed: SEED, recompute: false };
-        let result = learner.step(&tuned, &[Batch::new(&documents)?], step)?;
+        let mut result = learner.step(&tuned, &[Batch::new(&documents)?], step)?;
+        parts.gradients = std::mem::take(&mut result.gradients);
+        method.on_gradients(&mut parts.view(step + 1, NUM_STEPS, &mut attached.parameters))?;
+        result.gradients = parts.gradients;
+        reached.resize(attached.parameters.iter().count(), false);
         let rate = (0.1 / global_norm(&result.gradients).max(1e-12)) as f32;
         let ids: Vec<_> = attached.parameters.iter().map(|(id, _)| id).collect();
-        for (id, gradient) in ids.into_iter().zip(&result.gradients) {
-            let Some(gradient) = gradient else { continue };
+        for (id, gradient) in ids.into_iter().zip(&mut result.gradients) {
             let parameter = attached.parameters.get(id);
+            if let (Some(gradient), true) = (&*gradient, parameter.moved_by_method) {
+                reached[id.index()] |= gradient.iter().any(|g| *g != 0.0);
+                continue;
+            }
+            let Some(gradient) = gradient.take() else { continue };
             if gradient.len() != parameter.count() {
                 return Err(Failed(format!(
                     "the gradient of `{}` has {} numbers, expected {}",
@@ -43,15 +55,11 @@ fn run(case: &Case<'_>) -> Result<(), Failed> {
             }
             reached[id.index()] |= gradient.iter().any(|g| *g != 0.0);
             attached.parameters.update(id, |values| {
-                values.iter_mut().zip(gradient).for_each(|(value, g)| *value -= rate * g);
+                values.iter_mut().zip(&gradient).for_each(|(value, g)| *value -= rate * g);
             });
         }
-        method.on_step(&mut StepView {
-            step: step + 1,
-            num_steps: NUM_STEPS,
-            parameters: &mut attached.parameters,
-            seed: SEED,
-        })?;
+        parts.gradients = result.gradients;
+        method.on_step(&mut parts.view(step + 1, NUM_STEPS, &mut attached.parameters))?;
     }
     if base_values(case, &attached)? != base {
         return Err(Failed("a weight of the frozen base has moved".to_owned()));

@@ -1,5 +1,7 @@
 //! What is attached is what was planned.
 
+use retune_core::method::POOL;
+
 use crate::case::{Case, Failed};
 use crate::suite::Check;
 
@@ -22,8 +24,11 @@ fn run(case: &Case<'_>) -> Result<(), Failed> {
     let planned = planned?;
     let attached = case.attach()?;
     let made: Vec<_> = attached.parameters.iter().map(|(_, p)| p).collect();
-    for (place, (plan, made)) in planned.parameters.iter().zip(&made).enumerate() {
-        if (&plan.name, &plan.shape, plan.trains) != (&made.name, &made.shape, made.trains) {
+    let pooled = planned.is_pooled();
+    let listed: Vec<_> = planned.parameters.iter().filter(|p| p.place != POOL).collect();
+    for (place, (plan, made)) in listed.iter().zip(&made).enumerate() {
+        let shape = if pooled && plan.shape == [0] { &made.shape } else { &plan.shape };
+        if (&plan.name, shape, plan.trains) != (&made.name, &made.shape, made.trains) {
             return Err(Failed(format!(
                 "tensor {place} is planned as `{}` {:?} (trains: {}), made as `{}` {:?} (trains: \
                  {})",
@@ -31,12 +36,15 @@ fn run(case: &Case<'_>) -> Result<(), Failed> {
             )));
         }
     }
-    if planned.parameters.len() != made.len() {
+    if attached.parameters.num_trainable() > planned.num_trainable() {
         return Err(Failed(format!(
-            "{} tensors are planned, {} made",
-            planned.parameters.len(),
-            made.len()
+            "{} values are planned, {} train",
+            planned.num_trainable(),
+            attached.parameters.num_trainable()
         )));
+    }
+    if listed.len() != made.len() {
+        return Err(Failed(format!("{} tensors are planned, {} made", listed.len(), made.len())));
     }
     if planned.num_trainable() == 0 {
         return Err(Failed("nothing trains".to_owned()));

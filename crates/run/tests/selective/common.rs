@@ -6,12 +6,14 @@ use std::sync::Arc;
 use retune_core::batch::{Batch, Document};
 use retune_core::event::Event;
 use retune_core::method::Method;
-use retune_core::model::Model;
+use retune_core::model::{Model, Tuned};
+use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
 use retune_core::weights::{Packing, Weights};
 use retune_methods::registry;
 use retune_options::Document as Toml;
-use retune_train::optimizer::{Optimizer, Sgd};
+use retune_train::backprop::Backprop;
+use retune_train::optimizer::{AdamW, Optimizer, Sgd};
 use retune_train::schedule::{Schedule, Shape};
 use retune_train::training::{BatchSource, Training, Walk};
 use tensor::Device;
@@ -92,6 +94,10 @@ pub(crate) fn walk(checkpoints: &Path, num_steps: u64, rate: f64) -> Walk {
     }
 }
 
+pub(crate) fn adamw() -> Box<dyn Optimizer> {
+    Box::new(AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 })
+}
+
 pub(crate) fn sgd() -> Box<dyn Optimizer> {
     Box::new(Sgd { momentum: 0.0, weight_decay: 0.0 })
 }
@@ -108,9 +114,37 @@ pub(crate) fn trained<'a>(
     training
 }
 
+/// Returns every parameter with its bits.
+pub(crate) fn bits(parameters: &Parameters) -> Vec<(String, Vec<u32>)> {
+    let of = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect();
+    parameters.iter().map(|(id, p)| (p.name.clone(), of(parameters.values(id)))).collect()
+}
+
 /// Returns a folder that lives as long as its guard.
 pub(crate) fn folder() -> (tempfile::TempDir, PathBuf) {
     let guard = tempfile::tempdir().unwrap();
     let path = guard.path().to_path_buf();
     (guard, path)
+}
+
+/// Returns the entries of every sparse parameter.
+pub(crate) fn entries(parameters: &Parameters) -> Vec<(String, Vec<u32>)> {
+    let sparse = parameters.iter().filter(|(id, _)| parameters.support(*id).is_some());
+    sparse.map(|(id, p)| (p.name.clone(), parameters.indices(id).to_vec())).collect()
+}
+
+/// Returns the dense gradients of all linear weights at the untouched base for the rows of `step`.
+pub(crate) fn dense_gradients(
+    (model, weights): (&dyn Model, &Weights),
+    step: u64,
+) -> Vec<(String, Vec<f32>)> {
+    let full = method("full", "");
+    let mut parameters = Parameters::new(&Device::flex());
+    let changes = full.attach(weights, &mut parameters, Seed(7)).unwrap();
+    let tuned = Tuned { model, weights, changes: &changes, parameters: &parameters };
+    let batches = Source::default().micro_batches(step).unwrap();
+    let learner = Backprop { seed: Seed(7), recompute: false };
+    let result = learner.step(&tuned, &batches, step).unwrap();
+    let names = parameters.iter().map(|(_, p)| p.name.clone());
+    names.zip(result.gradients).map(|(name, g)| (name, g.unwrap())).collect()
 }

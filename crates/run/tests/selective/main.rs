@@ -2,4 +2,8 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod common;
+mod halves;
+mod masks;
 mod rates;
+mod resume;
+mod spiel;

@@ -16,6 +16,10 @@ impl Optimizer for Sgd {
         if self.momentum == 0.0 { &[] } else { &["velocity"] }
     }
 
+    fn weight_decay(&self) -> f64 {
+        self.weight_decay
+    }
+
     fn step(&self, step: Step, values: &mut [f32], gradient: &[f32], state: &mut [Vec<f32>]) {
         let rate = step.learning_rate as f32;
         let decay = if step.decays { self.weight_decay as f32 } else { 0.0 };
