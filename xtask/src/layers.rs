@@ -37,7 +37,8 @@ const RULES: &[(&str, Allowed)] = &[
             "core", "kernels", "files", "options", "models", "methods", "train", "testkit",
         ]),
     ),
-    ("run", Allowed::AllBut(&["cli", "web", "testkit", "conformance"])),
+    ("run", Allowed::AllBut(&["cli", "web", "claims", "testkit", "conformance"])),
+    ("claims", Allowed::AllBut(&["cli", "web", "testkit", "conformance"])),
     ("web", Allowed::AllBut(&["cli", "testkit", "conformance"])),
     ("cli", Allowed::AllBut(&["testkit", "conformance"])),
 ];

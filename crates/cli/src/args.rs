@@ -47,6 +47,20 @@ pub(crate) enum Command {
         #[arg(long)]
         metric: Option<String>,
     },
+    /// Runs small-scale proofs of what the papers claim, and writes down what holds.
+    ///
+    /// Every proof is whole in itself: it makes its data from a seed and takes at most ten minutes
+    /// on two cores.
+    Claims {
+        /// Numbers of the proofs; all where absent.
+        numbers: Vec<u32>,
+        /// Runs only the proofs that take seconds.
+        #[arg(long)]
+        quick: bool,
+        /// The page to write; sections of proofs that are not run stay.
+        #[arg(long, default_value = "docs/claims.md")]
+        output: PathBuf,
+    },
     /// Goes on with an interrupted run.
     Resume {
         /// The run's folder.

@@ -1,6 +1,7 @@
 //! One file per command.
 
 mod chat;
+mod claims;
 pub(crate) mod combine;
 mod compare;
 pub(crate) mod compress;
@@ -31,6 +32,9 @@ pub(crate) fn dispatch(arguments: Arguments) -> Result<(), Failure> {
         Command::Plan(recipe) => run::plan(&recipe, json),
         Command::Compare { recipe, methods, seeds, metric } => {
             compare::compare(&recipe, &methods, seeds, metric.as_deref(), json)
+        }
+        Command::Claims { numbers, quick, output } => {
+            claims::claims(&numbers, quick, &output, json)
         }
         Command::Docs { folder } => docs::docs(&folder),
         Command::Resume { run: path } => run::resume(&path, json),

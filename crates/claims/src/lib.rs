@@ -1,0 +1,88 @@
+//! Small-scale proofs of what the papers claim, run on retune itself.
+//!
+//! One file per claim. A proof makes its data from seeds, runs in minutes on two cores, and says
+//! what must appear and whether it did. What does not hold is reported as such: a proof asserts
+//! what its paper or the retelling of it claims at this scale, and nothing is tuned until it fits.
+
+mod compeft;
+mod error;
+mod glyphs;
+mod lab;
+mod mlp;
+mod page;
+mod prefix_identity;
+mod survey;
+
+pub use error::{Error, Result};
+pub use page::page;
+
+/// One claim of one paper.
+#[derive(Debug, Clone, Copy)]
+pub struct Claim {
+    /// The number it is called by.
+    pub number: u32,
+    /// The method's or paper's name.
+    pub name: &'static str,
+    /// Authors, title, year, address.
+    pub source: &'static str,
+    /// What the paper claims.
+    pub claims: &'static str,
+    /// What is run here, and how it differs from the paper.
+    pub run: &'static str,
+    /// Whether it takes seconds.
+    pub quick: bool,
+    /// Runs it.
+    pub prove: fn() -> Result<Proof>,
+}
+
+/// What a proof found.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Proof {
+    /// The figures, as a Markdown table.
+    pub figures: String,
+    /// What had to appear.
+    pub assertions: Vec<Assertion>,
+    /// What a reader should know: limits, and why something does not hold.
+    pub notes: Vec<String>,
+}
+
+/// One thing that had to appear.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Assertion {
+    /// What must hold.
+    pub says: String,
+    /// What was found.
+    pub found: String,
+    /// Whether it held.
+    pub holds: bool,
+}
+
+impl Proof {
+    /// Returns whether everything held.
+    pub fn holds(&self) -> bool {
+        self.assertions.iter().all(|assertion| assertion.holds)
+    }
+
+    /// Notes one thing that had to appear.
+    fn assert(&mut self, says: impl Into<String>, found: impl Into<String>, holds: bool) {
+        self.assertions.push(Assertion { says: says.into(), found: found.into(), holds });
+    }
+}
+
+/// All claims, by number.
+pub const CLAIMS: &[Claim] = &[survey::CLAIM, prefix_identity::CLAIM, compeft::CLAIM];
+
+/// Returns the mean; not a number for no values.
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_sorted_and_unique() {
+        assert!(CLAIMS.windows(2).all(|pair| pair[0].number < pair[1].number));
+    }
+}

@@ -1,0 +1,17 @@
+//! The proofs that take seconds hold.
+
+use retune_claims::CLAIMS;
+
+#[test]
+fn quick_claims_hold() {
+    for claim in CLAIMS.iter().filter(|claim| claim.quick) {
+        let proof = (claim.prove)().unwrap_or_else(|error| panic!("{}: {error}", claim.name));
+        let wrong: Vec<String> = proof
+            .assertions
+            .iter()
+            .filter(|assertion| !assertion.holds)
+            .map(|assertion| format!("{}: {}", assertion.says, assertion.found))
+            .collect();
+        assert!(wrong.is_empty(), "{:02} {}: {wrong:?}", claim.number, claim.name);
+    }
+}
