@@ -111,6 +111,8 @@ pub(crate) enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Merges models as a plan says: mergekit's YAML, or `[merge]` of a recipe.
+    Merge(MergeArguments),
     /// Merges an adapter into its base and writes a Hugging Face folder.
     MergeAdapter {
         /// Catalogue name, hf:org/name, folder or .gguf file.
@@ -210,6 +212,24 @@ pub(crate) struct RecipeArguments {
     /// Changes one setting, e.g. `--set train.steps=100`.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
+}
+
+/// Models to merge.
+#[derive(Debug, Args)]
+pub(crate) struct MergeArguments {
+    /// The plan: mergekit's YAML, or a recipe (.toml) with `[merge]`.
+    pub(crate) plan: PathBuf,
+    /// The folder to write.
+    pub(crate) output: PathBuf,
+    /// Replaces the folder, once the merge is done.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Largest weight file, in millions of bytes.
+    #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) max_shard_mb: u64,
+    /// Threads; all where absent. The result does not depend on it.
+    #[arg(long)]
+    pub(crate) threads: Option<usize>,
 }
 
 /// A model to use.

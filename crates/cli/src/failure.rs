@@ -55,6 +55,15 @@ impl From<retune_run::Error> for Failure {
     }
 }
 
+impl From<retune_merge::Error> for Failure {
+    fn from(error: retune_merge::Error) -> Self {
+        match error {
+            retune_merge::Error::Plan(report) => Self::Recipe(report),
+            other => Self::Failed(other.to_string()),
+        }
+    }
+}
+
 macro_rules! failed {
     ($($error:ty),* $(,)?) => {$(
         impl From<$error> for Failure {
@@ -69,7 +78,6 @@ failed!(
     retune_core::Error,
     retune_data::Error,
     retune_hub::HubError,
-    retune_merge::Error,
     retune_train::Error,
     retune_files::atomic::WriteError,
     retune_files::SaveError,

@@ -78,12 +78,21 @@ pub fn f32_to_f16(values: &[f32], out: &mut [u8]) -> Result<(), usize> {
 /// # Errors
 /// The index of the first finite value that rounds to an infinity. NaN and infinities pass.
 pub fn f32_to_bf16(values: &[f32], out: &mut [u8]) -> Result<(), usize> {
-    for (i, (v, b)) in values.iter().zip(out.as_chunks_mut().0).enumerate() {
-        let narrow = bf16::from_f32(*v);
-        if narrow.is_infinite() && v.is_finite() {
-            return Err(i);
+    for (step, (values, out)) in values.chunks(STEP).zip(out.chunks_mut(2 * STEP)).enumerate() {
+        // Without a branch per value, so that whole vectors are converted at once.
+        let mut overflow = false;
+        for (v, b) in values.iter().zip(out.as_chunks_mut().0) {
+            let bits = v.to_bits();
+            let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+            // A NaN whose payload lies below is kept one.
+            let narrow = if v.is_nan() { (bits >> 16) | 0x40 } else { rounded };
+            overflow |= (narrow & 0x7fff == 0x7f80) & v.is_finite();
+            *b = (narrow as u16).to_le_bytes();
         }
-        *b = narrow.to_le_bytes();
+        if overflow {
+            let is_lost = |v: &f32| v.is_finite() && bf16::from_f32(*v).is_infinite();
+            return Err(step * STEP + values.iter().position(is_lost).unwrap_or(0));
+        }
     }
     Ok(())
 }
@@ -292,6 +301,19 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn bf16_rounds_as_the_half_crate(bits in any::<u32>()) {
+            let value = f32::from_bits(bits);
+            let mut out = [0; 2];
+            let expected = bf16::from_f32(value);
+            if value.is_finite() && expected.is_infinite() {
+                prop_assert_eq!(f32_to_bf16(&[0.0, value], &mut [0; 4]), Err(1));
+            } else {
+                f32_to_bf16(&[value], &mut out).unwrap();
+                prop_assert_eq!(bf16::from_le_bytes(out).to_bits(), expected.to_bits());
+            }
+        }
+
         /// No other code is nearer.
         #[test]
         fn f8_is_the_nearest_value(v in -500.0f32..500.0) {

@@ -14,6 +14,7 @@ mod export;
 pub(crate) mod extract;
 mod generate;
 mod logits;
+mod merge;
 mod new;
 mod run;
 mod session;
@@ -46,6 +47,7 @@ pub(crate) fn dispatch(arguments: Arguments) -> Result<(), Failure> {
         Command::Logits { model, adapter, input_ids, output, force } => {
             logits::logits(&model, adapter.as_deref(), &input_ids, &output, force, json)
         }
+        Command::Merge(arguments) => merge::run(&arguments, json),
         Command::MergeAdapter { model, adapter, output, dtype, force } => {
             export::merge_adapter(&model, &adapter, &output, &dtype, force, json)
         }

@@ -21,6 +21,7 @@ pub(super) const LINEAR: Method = Method {
 fn run(group: &Group<'_>, push: &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()> {
     let weights: Vec<f32> = group.own.iter().map(|own| own.number("weight") as f32).collect();
     let sum: f64 = group.own.iter().map(|own| own.number("weight")).sum();
+    let divisor = if group.shared.flag("normalize") { sum as f32 } else { 1.0 };
     group.sweep(1, &mut |chunk| {
         // A copy of one model stays its bits: 1 · x / 1 is x.
         let (first, rest) = chunk.inputs.split_at_mut(1);
@@ -29,9 +30,9 @@ fn run(group: &Group<'_>, push: &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<
         for (weight, input) in weights[1..].iter().zip(rest) {
             add_scaled(total, *weight, input);
         }
-        if group.shared.flag("normalize") {
+        if divisor != 1.0 {
             for x in &mut *total {
-                *x /= sum as f32;
+                *x /= divisor;
             }
         }
         push(total)
