@@ -1,6 +1,5 @@
 //! What is written is what is read.
 
-use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
 use retune_methods::adapter::Adapter;
 
