@@ -76,6 +76,27 @@ fn an_adapter_is_compressed_used_and_written_out_again() {
         .iter()
         .min_by(|a, b| a["loss"].as_f64().unwrap().total_cmp(&b["loss"].as_f64().unwrap()));
     assert_eq!(found["alpha"], least.unwrap()["alpha"]);
+    // The recipe's seed tells what the factors were before training; with another seed they were
+    // not, and the change from zero is taken.
+    assert_eq!(found["start"], "seeded");
+    let recipe = std::fs::read_to_string(folder.join("small.toml")).unwrap();
+    std::fs::write(folder.join("other.toml"), format!("seed = 7\n{recipe}")).unwrap();
+    let other = ["compress", adapter, "--density", "0.2", "--recipe", "other.toml"];
+    let zero = json(folder, &[&other[..], &["--output", "zero.compeft"]].concat());
+    assert_eq!(zero["start"], "zero");
+    // Nothing dropped and the right size for most: nearly the trained adapter.
+    let all = ["compress", adapter, "--density", "1", "--alpha", "1", "--recipe", "small.toml"];
+    json(folder, &[&all[..], &["--output", "all.compeft"]].concat());
+    let loss = |adapter: &str| {
+        let eval = json(folder, &["eval", "small.toml", "--adapter", adapter]);
+        eval["measurement"]["metrics"]["loss"]["value"].as_f64().unwrap()
+    };
+    let base = json(folder, &["eval", "small.toml"]);
+    let base = base["measurement"]["metrics"]["loss"]["value"].as_f64().unwrap();
+    let (trained_loss, signs, zero) = (loss(adapter), loss("all.compeft"), loss("zero.compeft"));
+    assert!(trained_loss < base - 0.2, "{trained_loss}, base {base}");
+    assert!(signs < base - 0.5 * (base - trained_loss), "{signs}, trained {trained_loss}");
+    assert!(loss("small") < zero - 0.1, "{zero}: compressed with its random start");
     assert!(found["ratio"].as_f64().unwrap() > 8.0, "{found}");
     let bytes = std::fs::metadata(folder.join("small/adapter_model.compeft")).unwrap().len();
     assert_eq!(found["sizes"]["file_bytes"].as_u64(), Some(bytes));

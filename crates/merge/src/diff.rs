@@ -170,14 +170,20 @@ impl Diff {
 }
 
 /// One side: tensors by name, read one at a time.
-enum Side {
+#[derive(Debug)]
+pub enum Side {
+    /// A model, or an adapter whose tensors are compared one by one.
     Tensors(Safetensors),
     /// Pairs are compared by their products: their factors may differ and mean the same.
     Lora(LoraAdapter),
 }
 
 impl Side {
-    fn open(path: &Path) -> Result<Self> {
+    /// Opens a model folder, a safetensors file or an adapter.
+    ///
+    /// # Errors
+    /// [`Error`] if it is none of these, or damaged.
+    pub fn open(path: &Path) -> Result<Self> {
         if !path.exists() {
             return Err(Error::Content {
                 path: path.to_path_buf(),
@@ -203,6 +209,13 @@ impl Side {
             path.to_path_buf()
         };
         Ok(Self::Tensors(Safetensors::open(weights)?))
+    }
+
+    fn path(&self) -> &Path {
+        match self {
+            Self::Tensors(files) => files.path(),
+            Self::Lora(adapter) => &adapter.path,
+        }
     }
 
     fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
@@ -250,9 +263,8 @@ fn layer_of(name: &str) -> Option<usize> {
 ///
 /// # Errors
 /// [`Error`] if a side cannot be read, or nothing has the same name on both sides.
-pub fn diff(first: &Path, second: &Path, with_ranks: bool) -> Result<Diff> {
-    let (a, b) = (Side::open(first)?, Side::open(second)?);
-    let (a_shapes, b_shapes) = (a.shapes(), b.shapes());
+pub fn diff(first: &Side, second: &Side, with_ranks: bool) -> Result<Diff> {
+    let (a_shapes, b_shapes) = (first.shapes(), second.shapes());
     let names: BTreeSet<&String> = a_shapes.keys().chain(b_shapes.keys()).collect();
     let mut found = Diff::default();
     let mut common = Vec::new();
@@ -271,7 +283,7 @@ pub fn diff(first: &Path, second: &Path, with_ranks: bool) -> Result<Diff> {
     if common.is_empty() && found.misshapen.is_empty() {
         let some = |names: &[String]| names.iter().take(3).cloned().collect::<Vec<_>>().join(", ");
         return Err(Error::Content {
-            path: second.to_path_buf(),
+            path: second.path().to_path_buf(),
             what: "nothing has the same name on both sides".to_owned(),
             expected: some(&found.missing),
             found: some(&found.surplus),
@@ -282,7 +294,7 @@ pub fn diff(first: &Path, second: &Path, with_ranks: bool) -> Result<Diff> {
     common.sort_by_key(|(layer, name, _)| (layer.is_none(), *layer, *name));
     found.tensors = common
         .par_iter()
-        .map(|(layer, name, shape)| compare(&a, &b, *layer, name, shape, with_ranks))
+        .map(|(layer, name, shape)| compare(first, second, *layer, name, shape, with_ranks))
         .collect::<Result<_>>()?;
     for tensor in &found.tensors {
         match found.layers.last_mut() {
@@ -339,6 +351,11 @@ fn compare(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn diff(first: &Path, second: &Path, with_ranks: bool) -> Result<Diff> {
+        super::diff(&Side::open(first)?, &Side::open(second)?, with_ranks)
+    }
+
     use crate::update::write_tensors;
 
     #[test]

@@ -84,6 +84,25 @@ impl LoraAdapter {
     /// that is no product of two factors (DoRA).
     pub fn open(path: &Path) -> Result<Self> {
         let (text, tensors) = read(path)?;
+        let config = serde_json::from_str(&text).map_err(|error| Error::Content {
+            path: path.to_path_buf(),
+            what: "its adapter_config.json is damaged".to_owned(),
+            expected: "one JSON object".to_owned(),
+            found: error.to_string(),
+            help: "copy the adapter again".to_owned(),
+        })?;
+        Self::from_tensors(path, config, tensors)
+    }
+
+    /// Takes an adapter that was read elsewhere; `path` stands for it in messages.
+    ///
+    /// # Errors
+    /// As [`LoraAdapter::open`].
+    pub fn from_tensors(
+        path: &Path,
+        config: Map<String, Value>,
+        tensors: BTreeMap<String, Tensor>,
+    ) -> Result<Self> {
         let wrong = |what: String, expected: &str, found: String| Error::Content {
             path: path.to_path_buf(),
             what,
@@ -91,9 +110,6 @@ impl LoraAdapter {
             found,
             help: "give LoRA adapters as PEFT or retune wrote them".to_owned(),
         };
-        let config: Map<String, Value> = serde_json::from_str(&text).map_err(|error| {
-            wrong("its adapter_config.json is damaged".to_owned(), "JSON", error.to_string())
-        })?;
         let kind = config.get("peft_type").and_then(Value::as_str).unwrap_or("nothing");
         if kind != "LORA" {
             let what = "this is no LoRA adapter".to_owned();
@@ -174,7 +190,7 @@ fn read(path: &Path) -> Result<(String, BTreeMap<String, Tensor>)> {
                 what: "this is no compressed LoRA adapter".to_owned(),
                 expected: "`start` zero and an `adapter_config`".to_owned(),
                 found: format!("{:?}", file.metadata().get("start")),
-                help: "give adapters only".to_owned(),
+                help: "write it out with `retune decompress` first".to_owned(),
             });
         };
         let mut tensors = BTreeMap::new();

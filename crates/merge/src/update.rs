@@ -1,5 +1,6 @@
 //! What tuning changed: an adapter, or a tuned model less its base.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use retune_files::safetensors::{Safetensors, TensorView};
@@ -12,6 +13,8 @@ use crate::{Error, Result};
 pub enum Start {
     /// Zero: the factors of LoRA.
     Zero,
+    /// What LoRA drew before training, where that is known; zero elsewhere.
+    Seeded,
     /// One: the gains of IA3.
     One,
     /// The weights of the base.
@@ -23,6 +26,7 @@ impl Start {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Zero => "zero",
+            Self::Seeded => "seeded",
             Self::One => "one",
             Self::Base => "base",
         }
@@ -48,6 +52,7 @@ pub struct Update {
     base: Option<Safetensors>,
     config: Option<String>,
     start: Start,
+    drawn: BTreeMap<String, Vec<f32>>,
     parts: Vec<Part>,
 }
 
@@ -124,7 +129,48 @@ impl Update {
             return Err(wrong(folder, &expected, names.join(", ")));
         }
         let (path, start) = (folder.to_path_buf(), *start);
-        Ok(Self { path, tuned, base: None, config: Some(text), start, parts })
+        Ok(Self {
+            path,
+            tuned,
+            base: None,
+            config: Some(text),
+            start,
+            drawn: BTreeMap::new(),
+            parts,
+        })
+    }
+
+    /// Takes the values factors were drawn with as their start, if they are nearer to the trained
+    /// ones than zero is; tells whether they are.
+    ///
+    /// They are not where the seed is another one: two draws are further apart than either is from
+    /// zero.
+    ///
+    /// # Errors
+    /// [`Error`] if a tensor cannot be read, or has another size.
+    pub fn start_from(&mut self, drawn: BTreeMap<String, Vec<f32>>) -> Result<bool> {
+        let (mut moved, mut size) = (0.0, 0.0);
+        for (name, start) in &drawn {
+            let values = self.tuned.tensor(name)?.to_f32()?;
+            if values.len() != start.len() {
+                return Err(Error::Content {
+                    path: self.path.clone(),
+                    what: format!("`{name}` has another size than what it started from"),
+                    expected: start.len().to_string(),
+                    found: values.len().to_string(),
+                    help: "give the recipe this adapter was trained with".to_owned(),
+                });
+            }
+            for (value, start) in values.iter().zip(start) {
+                moved += f64::from(value - start).powi(2);
+                size += f64::from(*value).powi(2);
+            }
+        }
+        if self.start != Start::Zero || drawn.is_empty() || moved >= size {
+            return Ok(false);
+        }
+        (self.start, self.drawn) = (Start::Seeded, drawn);
+        Ok(true)
     }
 
     /// Opens a tuned model beside its base. Reads no weights.
@@ -182,7 +228,15 @@ impl Update {
             });
         }
         let path = tuned_path.to_path_buf();
-        Ok(Self { path, tuned, base: Some(base), config: None, start: Start::Base, parts })
+        Ok(Self {
+            path,
+            tuned,
+            base: Some(base),
+            config: None,
+            start: Start::Base,
+            drawn: BTreeMap::new(),
+            parts,
+        })
     }
 
     /// Returns the path of the adapter or tuned model.
@@ -226,6 +280,13 @@ impl Update {
                     *value -= before;
                 }
             }
+            (Start::Seeded, _) => {
+                for (value, start) in
+                    values.iter_mut().zip(self.drawn.get(&part.name).into_iter().flatten())
+                {
+                    *value -= start;
+                }
+            }
             (Start::One, _) => values.iter_mut().for_each(|value| *value -= 1.0),
             _ => {}
         }
@@ -245,8 +306,6 @@ impl Update {
 /// Writes a safetensors file for a test.
 #[cfg(test)]
 pub(crate) fn write_tensors(path: &Path, tensors: &[(&str, &[usize], Vec<f32>)]) {
-    use std::collections::BTreeMap;
-
     use retune_files::Dtype;
     use retune_files::safetensors::{TensorSpec, write_safetensors};
     let encoded: Vec<(TensorSpec, Vec<u8>)> = tensors

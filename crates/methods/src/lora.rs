@@ -8,7 +8,7 @@ use retune_core::kernels::matrix::PackedMatrix;
 use retune_core::kernels::{linear, linear_frozen, linear_low_rank};
 use retune_core::method::{Card, Method, MethodPlan, PlannedParameter, Promises};
 use retune_core::parameters::{ParameterId, Parameters};
-use retune_core::random::Seed;
+use retune_core::random::{Random, Seed};
 use retune_core::spec::{Kind, ModelSpec, Role, WeightSpec};
 use retune_core::targets::{Among, Targets, pattern_value};
 use retune_core::weights::Weights;
@@ -314,6 +314,36 @@ impl Lora {
     }
 }
 
+/// Opens the stream the pair `index`, in the order of the forward pass, starts from.
+fn stream(seed: Seed, index: u64) -> Random {
+    seed.stream("lora", &[index])
+}
+
+/// Kaiming-uniform with a = √5 is U(±1/√inputs), as the reference implementation has it.
+fn draw_a(random: &mut Random, values: &mut [f32], inputs: usize) {
+    random.fill_uniform(values, (inputs as f64).powf(-0.5));
+}
+
+fn draw_embedding_b(random: &mut Random, values: &mut [f32]) {
+    random.fill_normal(values, 1.0);
+}
+
+/// Draws again what a factor was before training, from the run's seed and the place of its pair
+/// among all pairs; zeros where the factor starts as zero.
+///
+/// Needs no model, so that a compressed adapter that stores only what training changed can be read
+/// alone.
+pub fn initial_factor(seed: Seed, index: u64, name: &str, shape: &[usize]) -> Vec<f32> {
+    let mut values = vec![0.0; shape.iter().product()];
+    let mut random = stream(seed, index);
+    if name.ends_with(".lora_A.weight") {
+        draw_a(&mut random, &mut values, shape.get(1).copied().unwrap_or(1));
+    } else if name.ends_with(".lora_embedding_B") {
+        draw_embedding_b(&mut random, &mut values);
+    }
+    values
+}
+
 /// The names and shapes of one pair's tensors, in PEFT's layout.
 fn pair_parameters(pair: &Pair<'_>, options: &LoraOptions) -> Vec<PlannedParameter> {
     let module = pair.weight.module();
@@ -390,7 +420,7 @@ impl Method for Lora {
         let mut changes = Changes::default();
         let pairs = self.pairs(&spec)?;
         for (index, pair) in pairs.iter().enumerate() {
-            let mut random = seed.stream("lora", &[index as u64]);
+            let mut random = stream(seed, index as u64);
             let [rows, columns] = pair.weight.matrix();
             let planned = pair_parameters(pair, &self.options);
             let mut add = |place: usize, fill: &mut dyn FnMut(&mut [f32])| {
@@ -400,15 +430,13 @@ impl Method for Lora {
             };
             if pair.weight.kind == Kind::Embedding {
                 let a = add(0, &mut |_| {});
-                let b = add(1, &mut |values| random.fill_normal(values, 1.0));
+                let b = add(1, &mut |values| draw_embedding_b(&mut random, values));
                 let change =
                     LowRankEmbedding { a, b, rank: pair.rank, rows, columns, scale: pair.scale };
                 changes.change_weight(&pair.weight.name, change);
                 continue;
             }
-            // Kaiming-uniform with a = √5 is U(±1/√inputs), as the reference implementation has it.
-            let bound = (columns as f64).powf(-0.5);
-            let a = add(0, &mut |values| random.fill_uniform(values, bound));
+            let a = add(0, &mut |values| draw_a(&mut random, values, columns));
             let b = add(1, &mut |_| {});
             let mut next = 2;
             let bias = self.options.lora_bias.then(|| {

@@ -11,7 +11,9 @@ use retune_files::atomic::{AtomicFolder, write_file};
 use retune_files::compeft::{CompeftFile, Sizes};
 use retune_merge::compeft::{ALPHAS, Selection, Settings, compress};
 use retune_merge::update::{Start, Update};
-use retune_methods::compressed::{FILE, decode};
+use retune_methods::adapter::Adapter;
+use retune_methods::compressed::{FILE, decode, is_drawn};
+use retune_methods::lora::initial_factor;
 use serde_json::Value;
 
 use crate::card::{Derived, derived_card};
@@ -55,13 +57,64 @@ pub struct Base {
     pub fingerprint: String,
 }
 
+/// The random start of a LoRA adapter: the run's seed, and which of its streams drew each factor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seeded {
+    seed: u64,
+    streams: String,
+}
+
+/// Lets an update start from what its recipe's seed drew, so that only what training changed is
+/// kept; `None` where the adapter did not start there.
+///
+/// # Errors
+/// If the adapter does not fit the recipe's model.
+pub fn start_seeded(update: &mut Update, prepared: &Prepared) -> Result<Option<Seeded>> {
+    if update.start() != Start::Zero {
+        return Ok(None);
+    }
+    let adapter = Adapter::read(update.path())?;
+    let seed = Seed(prepared.recipe.seed);
+    let plan = adapter.method()?.plan(prepared.opened.weights.spec())?;
+    let mut places = BTreeMap::new();
+    let mut num_pairs = 0u64;
+    for parameter in &plan.parameters {
+        // Of each pair, the factor that comes first counts.
+        let is_first = [".lora_A.weight", ".lora_embedding_A"];
+        num_pairs += u64::from(is_first.iter().any(|end| parameter.name.ends_with(end)));
+        if is_drawn(&parameter.name) {
+            let index = num_pairs - 1;
+            let start = initial_factor(seed, index, &parameter.name, &parameter.shape);
+            places.insert(parameter.name.clone(), (index, start));
+        }
+    }
+    // Every drawn factor of the file needs its place.
+    let file = update.parts().iter().filter(|part| is_drawn(&part.name));
+    if !file.map(|part| &part.name).eq(places.keys()) {
+        return Ok(None);
+    }
+    let streams: Vec<String> = places.values().map(|(index, _)| index.to_string()).collect();
+    let drawn = places.into_iter().map(|(name, (_, start))| (name, start)).collect();
+    let seeded = Seeded { seed: seed.0, streams: streams.join(",") };
+    Ok(update.start_from(drawn)?.then_some(seeded))
+}
+
 impl Compressed {
     /// Compresses an update.
     ///
     /// # Errors
     /// Those of reading, and of settings that keep nothing.
-    pub fn make(update: &Update, settings: Settings, base: Option<&Base>) -> Result<Self> {
+    pub fn make(
+        update: &Update,
+        settings: Settings,
+        base: Option<&Base>,
+        seeded: Option<&Seeded>,
+    ) -> Result<Self> {
         let mut metadata = BTreeMap::new();
+        if let Some(seeded) = seeded {
+            metadata.insert("seed".to_owned(), seeded.seed.to_string());
+            metadata.insert("streams".to_owned(), seeded.streams.clone());
+        }
         if let Some(base) = base {
             metadata.insert("base".to_owned(), base.name.clone());
             metadata.insert("base_sha256".to_owned(), base.fingerprint.clone());

@@ -16,6 +16,8 @@ use retune_files::safetensors::{Safetensors, SafetensorsFile, TensorSpec, write_
 use retune_merge::compeft::Settings;
 use retune_merge::update::Update;
 use retune_methods::adapter::Adapter;
+use retune_methods::compressed::is_drawn;
+use retune_methods::lora::initial_factor;
 use retune_run::compress::{Base, Compressed};
 use retune_run::export::merged;
 use tensor::Device;
@@ -54,7 +56,7 @@ fn merged_weights(adapter: &Adapter, folder: &Path) -> BTreeMap<String, Vec<f32>
 fn a_compressed_adapter_is_read_like_the_one_it_stands_for() {
     let home = tempfile::tempdir().unwrap();
     let update = Update::adapter(&pack().join("lora")).unwrap();
-    let compressed = Compressed::make(&update, HALF, None).unwrap();
+    let compressed = Compressed::make(&update, HALF, None, None).unwrap();
     let (file, folder) = (home.path().join("a.compeft"), home.path().join("a"));
     compressed.write("lora", &file).unwrap();
     compressed.write("lora", &folder).unwrap();
@@ -108,7 +110,7 @@ fn a_full_change_is_added_to_its_base() {
     let total: usize = update.parts().iter().map(|p| p.shape.iter().product::<usize>()).sum();
     let settings = Settings { density: 2.5 / total as f64, alpha: 1.0 };
     let identity = Base { name: "tiny".to_owned(), fingerprint: "abc".to_owned() };
-    let compressed = Compressed::make(&update, settings, Some(&identity)).unwrap();
+    let compressed = Compressed::make(&update, settings, Some(&identity), None).unwrap();
     let file = home.path().join("change.compeft");
     compressed.write("change", &file).unwrap();
 
@@ -132,7 +134,7 @@ fn a_damaged_file_is_an_error() {
     let home = tempfile::tempdir().unwrap();
     let update = Update::adapter(&pack().join("lora")).unwrap();
     let file = home.path().join("a.compeft");
-    Compressed::make(&update, HALF, None).unwrap().write("lora", &file).unwrap();
+    Compressed::make(&update, HALF, None, None).unwrap().write("lora", &file).unwrap();
     let mut bytes = std::fs::read(&file).unwrap();
     let last = bytes.len() - 1;
     bytes[last] ^= 1;
@@ -142,4 +144,33 @@ fn a_damaged_file_is_an_error() {
     std::fs::write(&file, b"{}").unwrap();
     assert!(Adapter::read(&file).unwrap_err().to_string().contains("no ComPEFT file"));
     assert!(SafetensorsFile::open(&file).is_err());
+}
+
+/// What the method draws when it is attached is what is drawn again from names and places alone.
+#[test]
+fn factors_are_drawn_again_as_they_were() {
+    let checkpoint = retune_models::open(&pack().join("base")).unwrap();
+    let weights = Weights::new(
+        Arc::clone(&checkpoint.source),
+        Arc::clone(checkpoint.model.spec()),
+        Packing::default(),
+        &Device::flex(),
+    )
+    .unwrap();
+    for case in ["lora", "lora_emb"] {
+        let method = Adapter::read(&pack().join(case)).unwrap().method().unwrap();
+        let mut parameters = Parameters::new(&Device::flex());
+        method.attach(&weights, &mut parameters, Seed(9)).unwrap();
+        let (mut num_pairs, mut num_drawn) = (0, 0);
+        for (id, parameter) in parameters.iter() {
+            let name = &parameter.name;
+            let first = [".lora_A.weight", ".lora_embedding_A"];
+            num_pairs += u64::from(first.iter().any(|end| name.ends_with(end)));
+            let found = initial_factor(Seed(9), num_pairs - 1, name, &parameter.shape);
+            assert_eq!(found, parameters.values(id), "{case} {name}");
+            num_drawn += usize::from(is_drawn(name));
+            assert_eq!(found.iter().any(|value| *value != 0.0), is_drawn(name));
+        }
+        assert!(num_drawn > 0);
+    }
 }

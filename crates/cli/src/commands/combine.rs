@@ -1,6 +1,6 @@
 //! `combine`: several adapters as one.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use retune_merge::combine::{Form, MajoritySign, Merge, NAMES, Settings, combine as merge};
@@ -103,7 +103,7 @@ pub(crate) fn combine(arguments: &CombineArguments, json: bool) -> Result<(), Fa
 }
 
 /// Tells whether a path lies inside a folder.
-pub(crate) fn inside(path: &std::path::Path, folder: &std::path::Path) -> bool {
+pub(crate) fn inside(path: &Path, folder: &Path) -> bool {
     let absolute = |path| std::path::absolute(path).unwrap_or_default();
     absolute(path).starts_with(absolute(folder))
 }
@@ -143,7 +143,7 @@ fn adapter(arguments: &CombineArguments, weights: &[f64]) -> Result<Option<f64>,
     };
     let mut adapters = Vec::new();
     for (path, weight) in arguments.adapters.iter().zip(weights) {
-        adapters.push((LoraAdapter::open(path)?, *weight));
+        adapters.push((lora(path)?, *weight));
     }
     check_bases(&adapters, arguments.force)?;
     let combined = merge(&adapters, &settings)?;
@@ -174,6 +174,13 @@ fn adapter(arguments: &CombineArguments, weights: &[f64]) -> Result<Option<f64>,
     };
     adapter.write(&arguments.output, &card)?;
     Ok(combined.kept)
+}
+
+/// Reads a LoRA adapter, compressed or not.
+pub(crate) fn lora(path: &Path) -> Result<LoraAdapter, Failure> {
+    let adapter = Adapter::read(path)?;
+    let config = adapter.config.as_object().cloned().unwrap_or_default();
+    Ok(LoraAdapter::from_tensors(path, config, adapter.tensors)?)
 }
 
 /// Refuses adapters that say they were trained on different bases.

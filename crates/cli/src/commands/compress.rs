@@ -7,7 +7,7 @@ use retune_merge::compeft::Settings;
 use retune_merge::update::Update;
 use retune_methods::adapter::Adapter;
 use retune_run::card::{Derived, derived_card};
-use retune_run::compress::{Base, Compressed, Trial, best};
+use retune_run::compress::{Base, Compressed, Trial, best, start_seeded};
 use retune_run::open::{Located, fingerprint};
 use retune_run::prepare::Prepared;
 use serde_json::json;
@@ -35,7 +35,8 @@ pub(crate) struct CompressArguments {
     /// Chooses a setting by measuring on a recipe's held-out rows.
     #[arg(long, value_enum, requires = "recipe")]
     search: Option<Search>,
-    /// The recipe whose held-out rows `--search` measures on.
+    /// The recipe the adapter was trained with: its seed tells what LoRA's random factors started
+    /// from, and its held-out rows are what `--search` measures on.
     #[arg(long)]
     recipe: Option<PathBuf>,
     /// The folder to write, or a file that ends in .compeft.
@@ -100,42 +101,54 @@ fn open(arguments: &CompressArguments, quiet: bool) -> Result<(Update, Option<Ba
 /// Compresses an adapter or a full change.
 pub(crate) fn compress(arguments: &CompressArguments, json: bool) -> Result<(), Failure> {
     check_free(&arguments.output, arguments.force)?;
-    let (update, base) = open(arguments, json)?;
+    let (mut update, base) = open(arguments, json)?;
     let mut settings = Settings { density: arguments.density, alpha: arguments.alpha };
-    let mut compressed = Compressed::make(&update, settings, base.as_ref())?;
+    let prepared = match &arguments.recipe {
+        Some(path) => {
+            let recipe = RecipeArguments { recipe: path.clone(), set: Vec::new() };
+            let (recipe, _) = read_recipe(&recipe, json)?;
+            Some(with_environment(json, |environment| Ok(Prepared::make(recipe, environment)?))?)
+        }
+        None => None,
+    };
+    let seeded = match &prepared {
+        Some(prepared) => start_seeded(&mut update, prepared)?,
+        None => None,
+    };
+    let make = |settings| Compressed::make(&update, settings, base.as_ref(), seeded.as_ref());
+    let mut compressed = make(settings)?;
     let mut trials = Vec::new();
-    if let (Some(Search::Alpha), Some(path)) = (arguments.search, &arguments.recipe) {
-        let recipe = RecipeArguments { recipe: path.clone(), set: Vec::new() };
-        let (recipe, _) = read_recipe(&recipe, json)?;
-        let prepared =
-            with_environment(json, |environment| Ok(Prepared::make(recipe, environment)?))?;
-        trials = compressed.try_alphas(&arguments.tuned, &prepared, arguments.force)?;
+    if let (Some(Search::Alpha), Some(prepared)) = (arguments.search, &prepared) {
+        trials = compressed.try_alphas(&arguments.tuned, prepared, arguments.force)?;
         if let Some(best) = best(&trials) {
             settings.alpha = best.alpha;
-            compressed = Compressed::make(&update, settings, base.as_ref())?;
+            compressed = make(settings)?;
         }
     }
     let title =
         arguments.tuned.file_name().map_or_else(String::new, |n| n.to_string_lossy().into());
     compressed.write(&title, &arguments.output)?;
-    show(&compressed, settings, &trials, arguments, json);
+    let shown = Shown { settings, trials: &trials, start: update.start().name() };
+    show(&compressed, &shown, arguments, json);
     Ok(())
 }
 
-fn show(
-    compressed: &Compressed,
+/// What was decided, to be shown.
+struct Shown<'a> {
     settings: Settings,
-    trials: &[Trial],
-    arguments: &CompressArguments,
-    json: bool,
-) {
+    trials: &'a [Trial],
+    start: &'a str,
+}
+
+fn show(compressed: &Compressed, shown: &Shown<'_>, arguments: &CompressArguments, json: bool) {
+    let Shown { settings, trials, start } = *shown;
     let sizes = &compressed.sizes;
     if json {
         let value = json!({
             "output": arguments.output, "density": settings.density, "alpha": settings.alpha,
             "deviation": compressed.selection.deviation,
             "threshold": compressed.selection.threshold,
-            "sizes": sizes, "ratio": sizes.ratio(), "trials": trials,
+            "sizes": sizes, "ratio": sizes.ratio(), "trials": trials, "start": start,
         });
         println!("{value}");
         return;
@@ -166,6 +179,12 @@ fn show(
         settings.alpha,
         sizes.ratio()
     );
+    if start == "zero" {
+        println!(
+            "LoRA's random start is part of what was compressed; with --recipe, the one it was \
+             trained with, only the change is"
+        );
+    }
     println!("written: {}", arguments.output.display());
 }
 

@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use retune_merge::diff::{Diff, Sums, TensorDiff, diff as compare};
+use retune_merge::diff::{Diff, Side, Sums, TensorDiff, diff as compare};
 use retune_methods::adapter::PREFIX;
+use retune_methods::compressed::is_compressed;
 use retune_run::artefacts::heatmap::{HeatMap, svg};
 use serde_json::json;
 
+use super::combine::lora;
 use crate::failure::Failure;
 use crate::table::{grouped, number, table};
 
@@ -35,7 +37,8 @@ const SHOWN: usize = 12;
 
 /// Compares two models or two adapters.
 pub(crate) fn diff(arguments: &DiffArguments, json: bool) -> Result<(), Failure> {
-    let found = compare(&arguments.first, &arguments.second, !arguments.no_ranks)?;
+    let (first, second) = (side(&arguments.first)?, side(&arguments.second)?);
+    let found = compare(&first, &second, !arguments.no_ranks)?;
     if let Some(path) = &arguments.svg {
         let name = |path: &Path| path.display().to_string();
         let title = format!("{} → {}", name(&arguments.first), name(&arguments.second));
@@ -50,6 +53,11 @@ pub(crate) fn diff(arguments: &DiffArguments, json: bool) -> Result<(), Failure>
     }
     show(&found, arguments);
     Ok(())
+}
+
+/// Opens one side; compressed adapters are decoded.
+fn side(path: &Path) -> Result<Side, Failure> {
+    if is_compressed(path) { Ok(Side::Lora(lora(path)?)) } else { Ok(Side::open(path)?) }
 }
 
 fn optional(value: Option<f64>) -> String {
