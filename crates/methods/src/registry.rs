@@ -12,6 +12,11 @@ use crate::{
     lt_sft, miss, multitask_prompt_tuning, oft, p_tuning, peanut, poly, prefix_tuning,
     prompt_tuning, pvera, randlora, reft, road, sara, shira, spiel, ssf, supertuning,
     trainable_tokens, unified_view, vblora, vera, waveft,
+    adalora, autopeft, beft, boft, c3a, cartridge, compacter, cpt, deft, delora, dept, fourierft,
+    full, glora, gralora, hira, hra, ia3, iaa, lily, llama_adapter, ln_tuning, loha, lokr, lora,
+    miss, multitask_prompt_tuning, oft, p_tuning, peanut, poly, prefix_tuning, prompt_tuning,
+    pvera, randlora, reft, road, shira, ssf, supertuning, trainable_tokens, unified_view, unipelt,
+    vblora, vera, waveft,
 };
 
 /// Makes a method from an `adapter_config.json`.
@@ -79,6 +84,8 @@ pub const METHODS: &[Plugin] = &[
     sara::PLUGIN,
     lt_sft::PLUGIN,
     id3::PLUGIN,
+    compacter::PLUGIN,
+    unipelt::PLUGIN,
 ];
 
 /// Finds a method by the name a recipe uses.

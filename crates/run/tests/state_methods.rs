@@ -42,6 +42,8 @@ const METHODS: &[&str] = &[
     "iaa",
     "reft",
     "autopeft",
+    "compacter",
+    "unipelt",
 ];
 
 /// Methods whose change of a token looks at later tokens of its text.

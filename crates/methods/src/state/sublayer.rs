@@ -137,7 +137,8 @@ impl Queries {
         })
     }
 
-    fn apply(&self, x: Tensor<2>) -> Tensor<2> {
+    /// Computes queries, not rotated, `[tokens, heads · head width]`.
+    pub fn apply(&self, x: Tensor<2>) -> Tensor<2> {
         // Queries come first where all three share a projection.
         linear_frozen(x, &self.weight, self.bias.clone()).narrow(1, 0, self.width)
     }
@@ -186,5 +187,52 @@ impl StateChange for HeadAdapter {
         let weights = activation::relu(queries.matmul(down.swap_dims(1, 2)));
         let added = weights.matmul(up).swap_dims(0, 1).reshape([tokens, side]);
         heads + added.mul_scalar(self.scale)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use retune_core::kernels::{Spans, attention};
+    use retune_core::parameters::to_vec;
+    use retune_core::random::Seed;
+    use tensor::{Device, TensorData};
+
+    fn draw(name: &str, shape: [usize; 2]) -> Tensor<2> {
+        let mut values = vec![0.0; shape[0] * shape[1]];
+        Seed(4).stream(name, &[]).fill_normal(&mut values, 1.0);
+        Tensor::from_data(TensorData::new(values, shape), &Device::flex())
+    }
+
+    /// He and others, equation 7: a prefix is a gated module beside attention.
+    #[test]
+    fn a_prefix_is_a_gated_module() {
+        let (tokens, prefix, width) = (5, 3, 4);
+        let options = AttentionOptions::causal(1, 1, width);
+        let [q, k, v] = ["q", "k", "v"].map(|name| draw(name, [tokens, width]));
+        let [pk, pv] = ["pk", "pv"].map(|name| draw(name, [prefix, width]));
+        let text = Spans::from_lengths([tokens]);
+        let longer = Spans::from_lengths([prefix + tokens]);
+        let behind = |a: &Tensor<2>, b: &Tensor<2>| Tensor::cat(vec![a.clone(), b.clone()], 0);
+        let seen = AttentionOptions { prefix, ..options.clone() };
+        let whole = attention(q.clone(), behind(&pk, &k), behind(&pv, &v), &text, &longer, &seen);
+
+        let alone = attention(q.clone(), k.clone(), v, &text, &text, &options);
+        let own = beside(&q, pk.clone(), pv, &options);
+        let scores = |keys: Tensor<2>| to_vec(q.clone().matmul(keys.transpose()) * options.scale);
+        let (of_prefix, of_text) = (scores(pk), scores(k));
+        let sum = |row: &[f32]| row.iter().map(|score| f64::from(*score).exp()).sum::<f64>();
+        let gates: Vec<f64> = (0..tokens)
+            .map(|t| {
+                let prefix = sum(&of_prefix[t * prefix..(t + 1) * prefix]);
+                prefix / (prefix + sum(&of_text[t * tokens..=t * tokens + t]))
+            })
+            .collect();
+        let (alone, own) = (to_vec(alone), to_vec(own));
+        for (place, found) in to_vec(whole).into_iter().enumerate() {
+            let gate = gates[place / width];
+            let expected = (1.0 - gate) * f64::from(alone[place]) + gate * f64::from(own[place]);
+            assert!((f64::from(found) - expected).abs() < 1e-6, "{place}: {found} {expected}");
+        }
     }
 }
