@@ -7,16 +7,11 @@ use retune_options::{OptionSpec, Options, Reader};
 use serde_json::Value;
 
 use crate::{
-    adalora, autopeft, beft, boft, c3a, cartridge, cpt, deft, delora, dept, fourierft, full, glora,
-    gralora, hft, hira, hra, ia3, iaa, id3, lily, llama_adapter, ln_tuning, loha, lokr, lora,
-    lt_sft, miss, multitask_prompt_tuning, oft, p_tuning, peanut, poly, prefix_tuning,
-    prompt_tuning, pvera, randlora, reft, road, sara, shira, spiel, ssf, supertuning,
-    trainable_tokens, unified_view, vblora, vera, waveft,
     adalora, autopeft, beft, boft, c3a, cartridge, compacter, cpt, deft, delora, dept, fourierft,
-    full, glora, gralora, hira, hra, ia3, iaa, lily, llama_adapter, ln_tuning, loha, lokr, lora,
-    miss, multitask_prompt_tuning, oft, p_tuning, peanut, poly, prefix_tuning, prompt_tuning,
-    pvera, randlora, reft, road, shira, ssf, supertuning, trainable_tokens, unified_view, unipelt,
-    vblora, vera, waveft,
+    full, glora, gralora, hft, hira, hra, ia3, iaa, id3, lily, llama_adapter, ln_tuning, loha,
+    lokr, lora, lt_sft, miss, multitask_prompt_tuning, oft, p_tuning, peanut, poly, prefix_tuning,
+    prompt_tuning, pvera, randlora, reft, road, sara, shira, spiel, ssf, supertuning,
+    trainable_tokens, unified_view, unipelt, vblora, vera, waveft,
 };
 
 /// Makes a method from an `adapter_config.json`.
