@@ -49,6 +49,11 @@ impl<'a> Scope<'a> {
         matches!(self.mode, Mode::Train { .. })
     }
 
+    /// Returns whether the pass learns, and with which seed.
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
     /// Returns how many random draws were made.
     pub(crate) fn draws(&self) -> u64 {
         self.draws

@@ -283,6 +283,7 @@ impl Method for LtSft {
         let mut random_masks = vec![Vec::new(); chosen.len()];
         if self.options.selection == Selection::Random && !self.loaded {
             let total = chosen.iter().map(|weight| weight.count()).sum();
+            sparse::check_places("lt-sft", total)?;
             let mut random = seed.stream("lt-sft", &[]);
             let counts: Vec<usize> = chosen.iter().map(|weight| weight.count()).collect();
             random_masks =

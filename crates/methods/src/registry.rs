@@ -12,6 +12,11 @@ use crate::{
     lokr, lora, lt_sft, miss, multitask_prompt_tuning, oft, p_tuning, peanut, poly, prefix_tuning,
     prompt_tuning, pvera, randlora, reft, road, sara, shira, spiel, ssf, supertuning,
     trainable_tokens, unified_view, unipelt, vblora, vera, waveft,
+    adalora, apet, autopeft, beft, bitfit, boft, c3a, cartridge, child_tuning, cpt, deft, delora,
+    dept, diff_pruning, fourierft, full, glora, gralora, hft, hira, hra, ia3, iaa, id3, lily,
+    llama_adapter, ln_tuning, locft, loha, lokr, lora, lt_sft, miss, multitask_prompt_tuning, oft,
+    p_tuning, peanut, poly, prefix_tuning, prompt_tuning, pvera, r_amt, randlora, reft, road, sara,
+    shira, spiel, ssf, supertuning, trainable_tokens, unified_view, vblora, vera, waveft,
 };
 
 /// Makes a method from an `adapter_config.json`.
@@ -81,6 +86,12 @@ pub const METHODS: &[Plugin] = &[
     id3::PLUGIN,
     compacter::PLUGIN,
     unipelt::PLUGIN,
+    bitfit::PLUGIN,
+    child_tuning::PLUGIN,
+    r_amt::PLUGIN,
+    apet::PLUGIN,
+    locft::PLUGIN,
+    diff_pruning::PLUGIN,
 ];
 
 /// Finds a method by the name a recipe uses.

@@ -410,6 +410,20 @@ pub fn check_budget(setting: &str, budget: usize, targeted: usize) -> Result<()>
     })
 }
 
+/// Checks that places over all targeted weights together fit the numbers they are drawn as.
+///
+/// # Errors
+/// [`Error::Unsupported`] for more than 2³² values.
+pub fn check_places(method: &str, targeted: usize) -> Result<()> {
+    if u32::try_from(targeted).is_ok() {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        what: format!("`{method}` drawing single entries of {targeted} values"),
+        help: "target fewer modules or layers".to_owned(),
+    })
+}
+
 /// Refuses weights that are quantised where a method must write into them.
 ///
 /// # Errors

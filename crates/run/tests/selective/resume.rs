@@ -17,6 +17,10 @@ const RUNS: &[(&str, &str, u64)] = &[
     ("lt-sft", "density = 0.05\nfull_l1 = 0.1", 6),
     ("lt-sft", "density = 0.05\nselection = \"random\"", 6),
     ("id3", "budget = 50\nexponent = 1.0", 7),
+    ("child-tuning", "fisher_steps = 3\nshare = 0.2", 6),
+    ("child-tuning", "mode = \"free\"", 4),
+    ("diff-pruning", "density = 0.05\ngate_start = 0.0", 6),
+    ("r-amt", "drop = 1.0", 5),
     ("id3", "budget = 50\nover = \"lora\"\nrank = 2", 7),
 ];
 
