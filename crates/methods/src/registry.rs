@@ -7,16 +7,12 @@ use retune_options::{OptionSpec, Options, Reader};
 use serde_json::Value;
 
 use crate::{
-    adalora, autopeft, beft, boft, c3a, cartridge, compacter, cpt, deft, delora, dept, fourierft,
-    full, glora, gralora, hft, hira, hra, ia3, iaa, id3, lily, llama_adapter, ln_tuning, loha,
-    lokr, lora, lt_sft, miss, multitask_prompt_tuning, oft, p_tuning, peanut, poly, prefix_tuning,
-    prompt_tuning, pvera, randlora, reft, road, sara, shira, spiel, ssf, supertuning,
-    trainable_tokens, unified_view, unipelt, vblora, vera, waveft,
-    adalora, apet, autopeft, beft, bitfit, boft, c3a, cartridge, child_tuning, cpt, deft, delora,
-    dept, diff_pruning, fourierft, full, glora, gralora, hft, hira, hra, ia3, iaa, id3, lily,
-    llama_adapter, ln_tuning, locft, loha, lokr, lora, lt_sft, miss, multitask_prompt_tuning, oft,
-    p_tuning, peanut, poly, prefix_tuning, prompt_tuning, pvera, r_amt, randlora, reft, road, sara,
-    shira, spiel, ssf, supertuning, trainable_tokens, unified_view, vblora, vera, waveft,
+    adalora, apet, autopeft, beft, bitfit, boft, c3a, cartridge, child_tuning, compacter, cpt,
+    deft, delora, dept, diff_pruning, fourierft, full, glora, gralora, hft, hira, hra, ia3, iaa,
+    id3, lily, llama_adapter, ln_tuning, locft, loha, lokr, lora, lt_sft, miss,
+    multitask_prompt_tuning, oft, p_tuning, peanut, poly, prefix_tuning, prompt_tuning, pvera,
+    r_amt, randlora, reft, road, sara, shira, spiel, ssf, supertuning, trainable_tokens,
+    unified_view, unipelt, vblora, vera, waveft,
 };
 
 /// Makes a method from an `adapter_config.json`.
