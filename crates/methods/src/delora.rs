@@ -119,3 +119,25 @@ impl Addition for Delora {
         self.dropout
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::Added;
+    use crate::frame::by_hand::{Given, weight};
+
+    #[test]
+    fn by_hand() {
+        // ‖a‖ = 5, ‖b‖ = 2 and λ = 10 leave b·a itself, before the columns are scaled.
+        let given = [
+            Given::Floats(&[1, 2], &[3.0, 4.0]),
+            Given::Floats(&[2, 1], &[0.0, 2.0]),
+            Given::Floats(&[1], &[10.0]),
+            Given::Floats(&[2], &[1.0, 2.0]),
+        ];
+        let found = weight(&Added(Delora { dropout: 0.0 }), &[1.0, 0.0, 0.0, 0.0], &given);
+        for (f, e) in found.iter().zip([1.0, 0.0, 6.0, 16.0]) {
+            assert!((f - e).abs() < 1e-5, "{found:?}");
+        }
+    }
+}

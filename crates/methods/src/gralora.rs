@@ -127,3 +127,24 @@ impl Addition for Gralora {
         self.dropout
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::Added;
+    use crate::frame::by_hand::{Given, weight};
+
+    #[test]
+    fn by_hand() {
+        let given = [
+            Given::Floats(&[2, 1, 2], &[1.0, 2.0, 3.0, 4.0]),
+            Given::Floats(&[2, 2, 1], &[5.0, 6.0, 7.0, 8.0]),
+            Given::Floats(&[1, 2], &[1.0, 0.0]),
+            Given::Floats(&[2, 1], &[0.0, 1.0]),
+        ];
+        let gralora = Added(Gralora { shape: [2, 2], scale: 2.0, dropout: 0.0 });
+        // Output block i and input block j: A[j]'s slice i times B[i]'s slice j.
+        assert_eq!(weight(&gralora, &[0.0; 4], &given[..2]), [10.0, 36.0, 28.0, 64.0]);
+        assert_eq!(weight(&gralora, &[0.0; 4], &given), [10.0, 36.0, 30.0, 64.0]);
+    }
+}

@@ -81,3 +81,15 @@ impl Formula for Hira {
         base * product.add_scalar(1.0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::by_hand::{Given, weight};
+
+    #[test]
+    fn by_hand() {
+        let given = [Given::Floats(&[1, 2], &[1.0, 2.0]), Given::Floats(&[2, 1], &[1.0, 3.0])];
+        assert_eq!(weight(&Hira, &[1.0, 2.0, 3.0, 4.0], &given), [2.0, 6.0, 12.0, 28.0]);
+    }
+}

@@ -1,5 +1,6 @@
 //! IA3: one factor per output of keys and values, one per input of the feed-forward network.
 
+use std::cell::OnceCell;
 use std::sync::Arc;
 
 use retune_core::Result;
@@ -98,7 +99,8 @@ impl WeightMethod for Ia3Options {
     }
 
     fn finish_config(&self, config: &mut Map<String, Value>, targets: &[Target]) {
-        let context = Context { targets, is_complete: true, original: None };
+        let once = OnceCell::new();
+        let context = Context { targets, is_complete: true, original: None, once: &once };
         let inputs = targets.iter().filter(|t| self.scales_inputs(t, &context).unwrap_or(false));
         let modules: Vec<&str> = inputs.map(|target| target.module.as_str()).collect();
         config.insert("feedforward_modules".to_owned(), json!(modules));

@@ -42,6 +42,24 @@ pub fn cayley(q: Tensor<3>) -> Tensor<3> {
     (identity.clone() - q.clone()).matmul(inverse(identity + q))
 }
 
+/// Returns I + 2Q + 2Q² + … + Qᵏ of matrices `[n, b, b]`, the series of (I + Q)(I − Q)⁻¹ with its
+/// last term once, as PEFT sums `terms` of them.
+///
+/// PEFT's sum of three terms goes as far as that of four, and that of two ends with 2Q.
+pub fn cayley_series(q: Tensor<3>, terms: usize) -> Tensor<3> {
+    let [n, b, _] = q.dims();
+    let mut sum: Tensor<3> = identity(b, &q.device()).unsqueeze();
+    sum = sum.repeat_dim(0, n);
+    let highest = if terms > 2 { 3.max(terms - 1) } else { terms.saturating_sub(1) };
+    let mut power = q.clone();
+    for term in 1..=highest {
+        let factor = if term == highest && terms > 2 { 1.0 } else { 2.0 };
+        sum = sum + power.clone().mul_scalar(factor);
+        power = power.matmul(q.clone());
+    }
+    sum
+}
+
 /// Returns the inverses of matrices `[n, b, b]`.
 ///
 /// A matrix that has none gives values that are not finite.
@@ -217,6 +235,13 @@ mod tests {
         for (f, e) in q.iter().zip(expected) {
             assert!((f - e).abs() < 1e-6, "{q:?}");
         }
+    }
+
+    #[test]
+    fn series_by_hand() {
+        // Of one number q = 0.5, which a skew matrix cannot be but a series can.
+        let sum = |terms| to_vec(cayley_series(tensor(&[0.5], [1, 1, 1]), terms))[0];
+        assert_eq!([1, 2, 3, 4, 5].map(sum), [1.0, 2.0, 2.625, 2.625, 2.8125]);
     }
 
     #[test]

@@ -173,3 +173,25 @@ impl Formula for Bat {
         base + added.swap_dims(1, 2).reshape([rows, columns])
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::Added;
+    use crate::frame::by_hand::{Given, weight};
+
+    #[test]
+    fn shards_repeat_along_the_inputs() {
+        let shard = Added(Shard { rank: 2, shape: [2, 3], dropout: 0.0 });
+        let balance = [Given::Floats(&[2, 2], &[1.0, 2.0, 3.0, 4.0])];
+        assert_eq!(weight(&shard, &[0.0; 6], &balance), [1.0, 3.0, 1.0, 2.0, 4.0, 2.0]);
+        let mini = [Given::Floats(&[2, 1], &[1.0, 3.0])];
+        assert_eq!(weight(&shard, &[0.0; 6], &mini), [1.0, 3.0, 1.0, 1.0, 3.0, 1.0]);
+    }
+
+    #[test]
+    fn blocks_are_multiplied_by_the_shard() {
+        let given = [Given::Floats(&[1, 2, 2], &[1.0, 0.0, 1.0, 1.0])];
+        assert_eq!(weight(&Bat, &[1.0, 2.0, 3.0, 4.0], &given), [5.0, 4.0, 11.0, 9.0]);
+    }
+}

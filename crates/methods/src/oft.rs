@@ -15,7 +15,7 @@ use tensor::Tensor;
 
 use crate::checks;
 use crate::frame::{self, Built, Context, Facts, Formula, Held, Slot, Target, View, WeightMethod};
-use crate::linear_algebra::{cayley, identity, rotate_blocks, skew};
+use crate::linear_algebra::{cayley, cayley_series, rotate_blocks, skew};
 use crate::registry::{self, Plugin};
 
 options! {
@@ -150,18 +150,10 @@ impl Oft {
     /// Returns the rotations, `[blocks or 1, size, size]`.
     fn rotations(&self, tensors: &View<'_>) -> Tensor<3> {
         let q = skew(tensors.get::<2>(0), self.size);
-        let Some(terms) = self.terms else { return cayley(q) };
-        let mut sum: Tensor<3> = identity(self.size, &q.device()).unsqueeze();
-        sum = sum.repeat_dim(0, q.dims()[0]);
-        // I + 2Q + 2Q² + … + Qⁿ, the series of (I + Q)(I − Q)⁻¹ with its last term once. PEFT's sum
-        // of three terms goes as far as that of four, and that of two ends with 2Q.
-        let last = if terms > 2 { 3.max(terms - 1) } else { usize::MAX };
-        let mut power = q.clone();
-        for term in 1..=if terms > 2 { last } else { terms - 1 } {
-            sum = sum + power.clone().mul_scalar(if term == last { 1.0 } else { 2.0 });
-            power = power.matmul(q.clone());
+        match self.terms {
+            Some(terms) => cayley_series(q, terms),
+            None => cayley(q),
         }
-        sum
     }
 }
 

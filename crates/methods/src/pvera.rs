@@ -153,3 +153,21 @@ impl Formula for Pvera {
         Some(linear_frozen(x.clone(), base, bias.cloned()) + added)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::by_hand::{Given, weight};
+
+    #[test]
+    fn the_means_by_hand() {
+        let given = [
+            Given::Floats(&[2], &[2.0, 9.0]),
+            Given::Floats(&[2], &[1.0, 3.0]),
+            Given::Shared(&[2, 2], &[1.0, 2.0, 8.0, 8.0]),
+            Given::Shared(&[2, 1], &[1.0, 1.0]),
+        ];
+        let pvera = Pvera { rank: 1, shape: [2, 2], dropout: 0.0 };
+        assert_eq!(weight(&pvera, &[0.0; 4], &given), [2.0, 4.0, 6.0, 12.0]);
+    }
+}

@@ -10,9 +10,9 @@ use crate::{
     adalora, apet, autopeft, beft, bitfit, boft, c3a, cartridge, child_tuning, compacter, cpt,
     deft, delora, dept, diff_pruning, fourierft, full, glora, gralora, hft, hira, hra, ia3, iaa,
     id3, lily, llama_adapter, ln_tuning, locft, loha, lokr, lora, lt_sft, miss,
-    multitask_prompt_tuning, oft, p_tuning, peanut, poly, prefix_tuning, prompt_tuning, pvera,
-    r_amt, randlora, reft, road, sara, shira, spiel, ssf, supertuning, trainable_tokens,
-    unified_view, unipelt, vblora, vera, waveft,
+    multitask_prompt_tuning, oft, osf, p_tuning, peanut, poly, prefix_tuning, prompt_tuning, psoft,
+    pvera, r_amt, randlora, reft, road, sara, shira, spiel, ssf, supertuning, tinylora,
+    trainable_tokens, unified_view, unilora, unipelt, vblora, vera, waveft,
 };
 
 /// Makes a method from an `adapter_config.json`.
@@ -88,6 +88,10 @@ pub const METHODS: &[Plugin] = &[
     apet::PLUGIN,
     locft::PLUGIN,
     diff_pruning::PLUGIN,
+    osf::PLUGIN,
+    psoft::PLUGIN,
+    tinylora::PLUGIN,
+    unilora::PLUGIN,
 ];
 
 /// Finds a method by the name a recipe uses.

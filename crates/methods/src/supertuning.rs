@@ -135,3 +135,24 @@ impl Addition for Supertuning {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::Added;
+    use crate::frame::by_hand::{Given, weight};
+
+    #[test]
+    fn by_hand() {
+        let given = [
+            Given::Integers(&[3, 0]),
+            Given::Floats(&[2], &[5.0, 7.0]),
+            Given::Floats(&[1, 2], &[1.0, 1.0]),
+            Given::Floats(&[2, 1], &[1.0, 0.0]),
+        ];
+        let sparse = Added(Supertuning { shape: [2, 2], scale: None });
+        assert_eq!(weight(&sparse, &[1.0; 4], &given[..2]), [8.0, 1.0, 1.0, 6.0]);
+        let both = Added(Supertuning { shape: [2, 2], scale: Some(2.0) });
+        assert_eq!(weight(&both, &[1.0; 4], &given), [10.0, 3.0, 1.0, 6.0]);
+    }
+}

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use retune_core::batch::{Batch, Document};
+use retune_core::change::{Changes, Mode, Scope};
 use retune_core::model::{Output, Tuned};
 use retune_core::parameters::{Parameters, to_vec};
 use retune_core::random::Seed;
@@ -29,6 +30,14 @@ fn check(case: &str) {
 }
 
 fn check_within(case: &str, merged_tolerance: f32) {
+    check_with(case, merged_tolerance, |_, _, _, _| {});
+}
+
+fn check_with(
+    case: &str,
+    merged_tolerance: f32,
+    prepare: impl Fn(&Weights, &Changes, &mut Parameters, &SafetensorsFile),
+) {
     let checkpoint = retune_models::open(&pack().join("base")).unwrap();
     let weights = Weights::new(
         Arc::clone(&checkpoint.source),
@@ -43,6 +52,8 @@ fn check_within(case: &str, merged_tolerance: f32) {
     let mut parameters = Parameters::new(&Device::flex());
     let changes = method.attach(&weights, &mut parameters, Seed(0)).unwrap();
     adapter.fill(&folder, &mut parameters).unwrap();
+    let want = SafetensorsFile::open(folder.join("expected.safetensors")).unwrap();
+    prepare(&weights, &changes, &mut parameters, &want);
     let tuned = Tuned {
         model: &*checkpoint.model,
         weights: &weights,
@@ -50,7 +61,6 @@ fn check_within(case: &str, merged_tolerance: f32) {
         parameters: &parameters,
     };
 
-    let want = SafetensorsFile::open(folder.join("expected.safetensors")).unwrap();
     let ids = want.tensor("input_ids").unwrap();
     let width = ids.shape[1];
     let documents: Vec<Document> = ids
@@ -255,6 +265,79 @@ fn bases_of_randlora_are_made_again() {
 }
 
 #[test]
+fn tinylora() {
+    check("tinylora");
+}
+
+#[test]
+fn projections_of_tinylora_are_made_again() {
+    let module = "base_model.model.model.layers.1.self_attn.v_proj";
+    check_made_again("tinylora", &[&format!("{module}.tinylora_P")]);
+}
+
+#[test]
+fn unilora() {
+    check("unilora");
+}
+
+#[test]
+fn osf() {
+    // PEFT itself decomposes in single precision.
+    check_within("osf", 5e-6);
+}
+
+/// PEFT's file leaves the signs of the singular vectors to whoever decomposes the base again: with
+/// those of PEFT's own decomposition, read off its merged weights, its numbers come out.
+#[test]
+fn psoft() {
+    check_with("psoft", 1e-6, |weights, changes, parameters, want| {
+        let scope = Scope::new(parameters, Mode::Evaluate);
+        let mut flips = Vec::new();
+        for name in changes.changed_weights() {
+            let base = weights.values(name).unwrap();
+            let own = to_vec(changes.materialize(name, weights, &scope).unwrap().inner());
+            let theirs = want.tensor(&format!("merged.{name}")).unwrap().to_f32().unwrap();
+            let key = format!("base_model.model.{}", name.strip_suffix("weight").unwrap());
+            let find = |part: &str| parameters.find(&format!("{key}{part}")).unwrap();
+            let (a, b) = (find("psoft_A"), find("psoft_B"));
+            let rank = parameters.get(a).shape[0];
+            let (left, right) = (parameters.values(b), parameters.values(a));
+            let columns = right.len() / rank;
+            // Bᵀ·Δ·Aᵀ is S²·(R − I), with signs on both sides.
+            let inner = |merged: &[f32], i: usize, j: usize| -> f64 {
+                let entry = |at: usize| {
+                    let delta = f64::from(merged[at]) - f64::from(base[at]);
+                    let (row, column) = (at / columns, at % columns);
+                    f64::from(left[row * rank + i]) * delta * f64::from(right[j * columns + column])
+                };
+                (0..base.len()).map(entry).sum()
+            };
+            let mut signs = vec![0.0_f32; rank];
+            signs[0] = 1.0;
+            for _ in 1..rank {
+                let known = (0..rank).filter(|i| signs[*i] != 0.0);
+                let pairs = known.flat_map(|i| {
+                    (0..rank).filter(|j| signs[*j] == 0.0).map(move |j| (i, j)).collect::<Vec<_>>()
+                });
+                let sized = pairs.map(|(i, j)| (inner(&own, i, j), i, j));
+                let (size, i, j) = sized.max_by(|x, y| x.0.abs().total_cmp(&y.0.abs())).unwrap();
+                signs[j] = signs[i] * (size * inner(&theirs, i, j)).signum() as f32;
+            }
+            flips.push((a, b, columns, signs));
+        }
+        assert!(flips.iter().any(|(_, _, _, signs)| signs.contains(&-1.0)), "a hazard no more");
+        for (a, b, columns, signs) in flips {
+            parameters.update(a, |values| {
+                values.iter_mut().enumerate().for_each(|(at, v)| *v *= signs[at / columns]);
+            });
+            parameters.update(b, |values| {
+                values.iter_mut().enumerate().for_each(|(at, v)| *v *= signs[at % signs.len()]);
+            });
+        }
+    });
+}
+
+#[test]
 fn a_missing_tensor_is_named() {
     let checkpoint = retune_models::open(&pack().join("base")).unwrap();
     let weights = Weights::new(
@@ -273,4 +356,78 @@ fn a_missing_tensor_is_named() {
     adapter.method().unwrap().attach(&weights, &mut parameters, Seed(0)).unwrap();
     let error = adapter.fill(&folder, &mut parameters).unwrap_err().to_string();
     assert!(error.contains(&lost) && error.contains("belongs to nothing"), "{error}");
+}
+
+/// Returns what filling a damaged adapter is refused with.
+fn refused(case: &str, damage: impl Fn(&mut Adapter)) -> String {
+    let (weights, folder) = (base_weights(), pack().join(case));
+    let mut adapter = Adapter::read(&folder).unwrap();
+    damage(&mut adapter);
+    let mut parameters = Parameters::new(&Device::flex());
+    adapter.method().unwrap().attach(&weights, &mut parameters, Seed(0)).unwrap();
+    adapter.fill(&folder, &mut parameters).unwrap_err().to_string()
+}
+
+#[test]
+fn missing_surplus_and_misshapen_tensors_are_named_whatever_the_type() {
+    for case in ["adalora", "boft", "ia3", "lokr", "shira", "vblora", "vera"] {
+        let first =
+            Adapter::read(&pack().join(case)).unwrap().tensors.keys().next().unwrap().clone();
+        let error = refused(case, |adapter| drop(adapter.tensors.remove(&first)));
+        assert!(error.contains(&format!("`{first}` is missing")), "{case}: {error}");
+        let error = refused(case, |adapter| {
+            adapter.tensors.insert("base_model.model.nowhere".to_owned(), (vec![1], vec![0.0]));
+        });
+        assert!(error.contains("`base_model.model.nowhere` belongs to nothing"), "{case}: {error}");
+        let error = refused(case, |adapter| {
+            let (shape, _) = adapter.tensors.get_mut(&first).unwrap();
+            shape.push(1);
+        });
+        assert!(error.contains(&format!("`{first}` has shape")), "{case}: {error}");
+    }
+}
+
+#[test]
+fn places_beyond_the_weight_are_refused() {
+    let name = "base_model.model.model.layers.0.self_attn.v_proj.shira_indices";
+    for (entry, beyond) in [(0, 32), (384, 64), (5, -1), (7, 1 << 40)] {
+        let error = refused("shira", |adapter| {
+            adapter.integers.get_mut(name).unwrap().2[entry] = beyond;
+        });
+        assert!(error.contains(name) && error.contains(&beyond.to_string()), "{error}");
+    }
+    let error = refused("shira", |adapter| {
+        let (_, shape, values) = adapter.integers.remove(name).unwrap();
+        let values = values.iter().map(|value| *value as f32).collect();
+        adapter.tensors.insert(name.to_owned(), (shape, values));
+    });
+    assert!(error.contains("holds floats, expected whole numbers"), "{error}");
+}
+
+#[test]
+fn configurations_with_impossible_or_foreign_settings_are_refused() {
+    let refused = |case: &str, key: &str, value: serde_json::Value| {
+        let mut adapter = Adapter::read(&pack().join(case)).unwrap();
+        adapter.config[key] = value;
+        match adapter.method() {
+            Ok(method) => method.plan(base_weights().spec()).unwrap_err().to_string(),
+            Err(error) => error.to_string(),
+        }
+    };
+    for (case, key, value, expected) in [
+        ("loha", "r", serde_json::json!(0), "rank"),
+        ("loha", "r", serde_json::json!("many"), "rank"),
+        ("loha", "r", serde_json::json!(33), "at most 32"),
+        ("oft", "coft", serde_json::json!(true), "coft"),
+        ("oft", "bias", serde_json::json!("all"), "bias"),
+        ("road", "group_size", serde_json::json!(24), "divisor of 64"),
+        ("vera", "target_modules", serde_json::json!(["q_porj"]), "q_proj"),
+        ("vera", "target_modules", serde_json::json!([]), "target_modules"),
+        ("fourierft", "n_frequency", serde_json::json!(5000), "at most 4096"),
+        ("trainable_tokens", "token_indices", serde_json::json!([128]), "128"),
+        ("lora", "alora_invocation_tokens", serde_json::json!([1, 2]), "alora_invocation_tokens"),
+    ] {
+        let error = refused(case, key, value.clone());
+        assert!(error.contains(expected), "{case} with {key} = {value}: {error}");
+    }
 }

@@ -8,6 +8,7 @@ mod formula;
 mod slot;
 mod tuner;
 
+use std::cell::OnceCell;
 use std::fmt::Debug;
 
 use retune_core::Result;
@@ -104,6 +105,8 @@ pub struct Context<'a> {
     pub is_complete: bool,
     /// The configuration of the adapter, where it was read from a file.
     pub original: Option<&'a Value>,
+    /// Whole numbers that are made once for all targets.
+    pub once: &'a OnceCell<Vec<i32>>,
 }
 /// A method that changes weights one by one; its options are the method.
 pub trait WeightMethod: Options + Debug + Send + Sync + 'static {
@@ -154,6 +157,11 @@ pub trait WeightMethod: Options + Debug + Send + Sync + 'static {
         config.get(peft_config::COMPLETE).and_then(Value::as_bool).unwrap_or(false)
     }
 
+    /// Returns what a person should know before the first step.
+    fn notes(&self, _context: &Context<'_>) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Returns what the method promises with these options.
     fn promises(&self) -> Promises {
         Promises::default()
@@ -168,5 +176,53 @@ pub trait WeightMethod: Options + Debug + Send + Sync + 'static {
     /// If the configuration asks for something that is not supported.
     fn read_config(&mut self, _config: &Value) -> Result<()> {
         Ok(())
+    }
+}
+
+/// Formulas on values worked out by hand.
+#[cfg(test)]
+pub(crate) mod by_hand {
+    use retune_core::change::{Mode, Scope};
+    use retune_core::parameters::{Integers, Parameters, to_vec};
+    use retune_files::Dtype;
+    use tensor::{Device, Tensor, TensorData};
+
+    use super::{Formula, Held};
+
+    /// A tensor of a change: shape and values.
+    pub(crate) enum Given<'a> {
+        Floats(&'a [usize], &'a [f32]),
+        Integers(&'a [i32]),
+        /// One all targets share.
+        Shared(&'a [usize], &'a [f32]),
+    }
+
+    /// Computes the changed weight of a base of two rows.
+    pub(crate) fn weight(formula: &dyn Formula, base: &[f32], given: &[Given<'_>]) -> Vec<f32> {
+        let device = Device::flex();
+        let mut parameters = Parameters::new(&device);
+        let mut held = Held::default();
+        for (place, given) in given.iter().enumerate() {
+            let name = place.to_string();
+            match given {
+                Given::Floats(shape, values) => {
+                    held.own.push(parameters.add(name, shape, values.to_vec()));
+                }
+                Given::Shared(shape, values) => {
+                    held.shared.push(parameters.add_buffer(name, shape, values.to_vec()));
+                }
+                Given::Integers(values) => {
+                    let limits = vec![i32::MAX];
+                    let values = values.to_vec();
+                    let shape = [values.len()];
+                    let integers = Integers { values, dtype: Dtype::I32, limits };
+                    held.own.push(parameters.add_integers(name, &shape, integers));
+                }
+            }
+        }
+        let shape = [2, base.len() / 2];
+        let base = Tensor::<2>::from_data(TensorData::new(base.to_vec(), shape), &device);
+        let scope = Scope::new(&parameters, Mode::Evaluate);
+        to_vec(formula.weight(base, &held.view(&scope)).inner())
     }
 }

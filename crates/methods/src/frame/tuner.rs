@@ -1,5 +1,6 @@
 //! A method of the frame as every other crate sees it: targets, plan, changes, configuration.
 
+use std::cell::OnceCell;
 use std::sync::Arc;
 
 use retune_core::Result;
@@ -98,10 +99,10 @@ impl<M: WeightMethod> Tuner<M> {
         Ok(chosen.into_iter().enumerate().map(target).collect())
     }
 
-    fn context<'a>(&'a self, targets: &'a [Target]) -> Context<'a> {
+    fn context<'a>(&'a self, targets: &'a [Target], once: &'a OnceCell<Vec<i32>>) -> Context<'a> {
         let original = self.original.as_ref();
         let is_complete = original.is_none_or(|config| M::is_complete(config));
-        Context { targets, is_complete, original }
+        Context { targets, is_complete, original, once }
     }
 
     fn saved<'a>(
@@ -148,8 +149,10 @@ impl<M: WeightMethod> Method for Tuner<M> {
 
     fn plan(&self, spec: &ModelSpec) -> Result<MethodPlan> {
         let targets = self.targets(spec)?;
-        let context = self.context(&targets);
-        let mut plan = MethodPlan::default();
+        let once = OnceCell::new();
+        let context = self.context(&targets, &once);
+        let notes = self.options.notes(&context);
+        let mut plan = MethodPlan { notes, ..MethodPlan::default() };
         for slot in self.options.shared(&context)? {
             plan.parameters.push(slot.planned(SHARED, "all targets"));
         }
@@ -172,7 +175,8 @@ impl<M: WeightMethod> Method for Tuner<M> {
     ) -> Result<Changes> {
         let spec = Arc::clone(weights.spec());
         let targets = self.targets(&spec)?;
-        let context = self.context(&targets);
+        let once = OnceCell::new();
+        let context = self.context(&targets, &once);
         let purpose = M::FACTS.card.name;
         let mut random = seed.stream(purpose, &[0]);
         let mut computed = self.options.shared_values(&context, weights)?.into_iter();
