@@ -296,14 +296,15 @@ fn forecast(
 
 /// Bytes of the activations that wait for the backward pass.
 ///
-/// Per block and token: what the two norms, the projections, attention and the feed-forward
-/// network keep. With recomputation, one width per block and one block in full.
+/// Per block and token: what both norms read, queries, keys, values and output of attention, and
+/// both halves of the gate; what linear layers read behind them is computed again. With
+/// recomputation, one width per block and one block in full.
 fn activation_bytes(spec: &ModelSpec, tokens: u64, recompute: bool) -> u64 {
     let heads = (spec.num_heads * spec.head_width) as u64;
     let keys = (spec.num_key_heads * spec.head_width) as u64;
     let width = spec.width as u64;
     let inner = spec.inner_width as u64;
-    let block = 4 * width + 4 * heads + 4 * keys + 4 * inner;
+    let block = 2 * width + 2 * heads + 2 * keys + 2 * inner;
     let layers = spec.num_layers as u64;
     let kept = if recompute { layers * width + block } else { layers * block };
     4 * tokens * (kept + 6 * width)
