@@ -8,10 +8,10 @@ use serde_json::Value;
 
 use crate::{
     adalora, apet, autopeft, beft, bitfit, boft, c3a, cartridge, child_tuning, cpt, deft, delora,
-    dept, diff_pruning, fourierft, full, glora, gralora, hft, hira, hra, ia3, iaa, id3, lily,
+    dept, diff_pruning, dsee, fourierft, full, glora, gralora, hft, hira, hra, ia3, iaa, id3, lily,
     llama_adapter, ln_tuning, locft, loha, lokr, lora, lt_sft, miss, multitask_prompt_tuning, oft,
-    p_tuning, peanut, poly, prefix_tuning, prompt_tuning, pvera, r_amt, randlora, reft, road, sara,
-    shira, spiel, ssf, supertuning, trainable_tokens, unified_view, vblora, vera, waveft,
+    p_tuning, peanut, poly, prefix_tuning, prompt_tuning, pvera, r_amt, randlora, reft, road, said,
+    sara, shira, spiel, ssf, supertuning, trainable_tokens, unified_view, vblora, vera, waveft,
 };
 
 /// Makes a method from an `adapter_config.json`.
@@ -85,6 +85,8 @@ pub const METHODS: &[Plugin] = &[
     apet::PLUGIN,
     locft::PLUGIN,
     diff_pruning::PLUGIN,
+    said::PLUGIN,
+    dsee::PLUGIN,
 ];
 
 /// Finds a method by the name a recipe uses.
