@@ -4,6 +4,7 @@ use crate::error::Result;
 use crate::parameters::{ParameterId, Parameters};
 use crate::random::Seed;
 use crate::spec::{Head, ModelSpec};
+use crate::weights::Weights;
 
 /// Gradients of all parameters, in their order; nothing where none arrived.
 pub type FlatGradients = Vec<Option<Vec<f32>>>;
@@ -78,6 +79,8 @@ pub trait Memory: std::fmt::Debug {
 pub struct StepView<'a> {
     /// The model.
     pub spec: &'a ModelSpec,
+    /// The frozen base, where there is one.
+    pub weights: Option<&'a Weights>,
     /// Number of this step, from 1.
     pub step: u64,
     /// Steps of the whole run.
@@ -225,7 +228,7 @@ impl StepParts {
         }
     }
 
-    /// Makes the view of step `step` at a learning rate of 1.
+    /// Makes the view of step `step` at a learning rate and a loss of 1.
     pub fn view<'a>(
         &'a mut self,
         step: u64,
@@ -234,9 +237,10 @@ impl StepParts {
     ) -> StepView<'a> {
         StepView {
             spec: &self.spec,
+            weights: None,
             step,
             num_steps,
-            loss: 0.0,
+            loss: 1.0,
             learning_rate: 1.0,
             gradient_scale: 1.0,
             parameters,

@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use tensor::Tensor;
 
 use crate::adapter::{PREFIX, peft_config};
+use crate::factor_start;
 use crate::registry::{self, Plugin};
 use crate::replacement;
 
@@ -30,6 +31,18 @@ choice! {
         LoraOnly = "lora_only",
         /// Every bias of the model trains.
         All = "all",
+    }
+}
+
+choice! {
+    /// Where the factors begin.
+    pub enum Init {
+        /// The first at random, the second at zero.
+        Random = "random",
+        /// At the weight's largest singular directions (PiSSA).
+        Pissa = "pissa",
+        /// At the weight's QR decomposition (OLoRA).
+        Olora = "olora",
     }
 }
 
@@ -62,6 +75,10 @@ options! {
         alpha_pattern: BTreeMap<String, f64>;
         /// Modules that train whole and are saved beside the change.
         modules_to_save: Vec<String> = Vec::new();
+        /// Where the factors begin; what they begin with is taken off the weight.
+        init: Init = Init::Random, also "init_lora_weights";
+        /// Keeps the first factor as it was drawn (LoRA-FA; Zhang et al., arXiv 2308.03303).
+        freeze_first: bool = false;
         /// Learning rate of the second factor over the first's; LoRA+ takes 16 (Hayou et al., arXiv 2402.12354).
         rate_ratio: f64 = 1.0, in 1e-3..=1e4, also "loraplus_lr_ratio";
     }
@@ -248,9 +265,62 @@ impl Lora {
                 });
             }
             let divisor = if o.rslora { (rank as f64).sqrt() } else { rank as f64 };
-            pairs.push(Pair { weight, rank, scale: alpha / divisor });
+            let pair = Pair { weight, rank, scale: alpha / divisor };
+            self.check_start(&pair)?;
+            pairs.push(pair);
         }
         Ok(pairs)
+    }
+
+    /// Returns the factors a pair begins with, where they are the weight's own.
+    fn start(
+        &self,
+        weights: &Weights,
+        pair: &Pair<'_>,
+        random: &mut Random,
+    ) -> Result<Option<factor_start::Factors>> {
+        let weight = || weights.dense(&pair.weight.name);
+        let (rank, module) = (pair.rank, pair.weight.module());
+        Ok(match self.options.init {
+            Init::Random => None,
+            Init::Pissa => {
+                Some(factor_start::principal(weight()?, rank, pair.scale, random, module)?)
+            }
+            Init::Olora => Some(factor_start::orthonormal_start(weight()?, rank, module)?),
+        })
+    }
+
+    /// Checks that options which begin elsewhere than at zero go with the others.
+    fn check_start(&self, pair: &Pair<'_>) -> Result<()> {
+        if self.options.init == Init::Random {
+            return Ok(());
+        }
+        let refuse = |what: &str, expected: String, help: &str| {
+            Err(Error::Setting {
+                setting: "method.lora.init".to_owned(),
+                what: what.to_owned(),
+                expected,
+                found: self.options.init.name().to_owned(),
+                help: help.to_owned(),
+            })
+        };
+        let [rows, columns] = pair.weight.matrix();
+        if self.options.dora || pair.weight.kind == Kind::Embedding || pair.scale <= 0.0 {
+            return refuse(
+                "not for DoRA, embeddings, or a scale of 0",
+                "plain LoRA of linear layers".to_owned(),
+                "set `init` to \"random\"",
+            );
+        }
+        if 2 * pair.rank > rows.min(columns) {
+            // An adapter's file holds both pairs of factors as one of twice the rank.
+            return refuse(
+                "the rank is above half of the full rank",
+                format!("a rank of at most {} for {}", rows.min(columns) / 2, pair.weight.module()),
+                "lower `rank`",
+            );
+        }
+        Ok(())
     }
 
     /// Returns each targeted weight with the rank and scale of its change.
@@ -344,6 +414,10 @@ pub fn initial_factor(seed: Seed, index: u64, name: &str, shape: &[usize]) -> Ve
     values
 }
 
+/// The factors as they began, where that was not at a product of zero.
+const START_A: &str = "lora_A.start";
+const START_B: &str = "lora_B.start";
+
 /// The names and shapes of one pair's tensors, in PEFT's layout.
 fn pair_parameters(pair: &Pair<'_>, options: &LoraOptions) -> Vec<PlannedParameter> {
     let module = pair.weight.module();
@@ -365,6 +439,12 @@ fn pair_parameters(pair: &Pair<'_>, options: &LoraOptions) -> Vec<PlannedParamet
         planned("lora_A.weight", &[pair.rank, columns]),
         planned("lora_B.weight", &[rows, pair.rank]),
     ];
+    list[0].trains = !options.freeze_first;
+    if options.init != Init::Random {
+        list.push(planned(START_A, &[pair.rank, columns]));
+        list.push(planned(START_B, &[rows, pair.rank]));
+        list[2..].iter_mut().for_each(|start| start.trains = false);
+    }
     if options.lora_bias {
         list.push(planned("lora_B.bias", &[rows]));
     }
@@ -395,6 +475,8 @@ impl Method for Lora {
     fn examples(&self) -> &'static [&'static str] {
         &[
             "rank = 2",
+            "rank = 2\ninit = \"pissa\"",
+            "rank = 2\ninit = \"olora\"\nfreeze_first = true\nrslora = true",
             "rank = 2\ndora = true\ndropout = 0.1",
             "rank = 3\nrslora = true\nbias = \"all\"\nlayers = [1]",
             "rank = 2\ndora = true\nexclude = [\"down_proj\", \"c_proj\"]",
@@ -426,7 +508,12 @@ impl Method for Lora {
             let mut add = |place: usize, fill: &mut dyn FnMut(&mut [f32])| {
                 let mut values = vec![0.0; planned[place].shape.iter().product()];
                 fill(&mut values);
-                parameters.add(planned[place].name.clone(), &planned[place].shape, values)
+                let (name, shape) = (planned[place].name.clone(), &planned[place].shape);
+                if planned[place].trains {
+                    parameters.add(name, shape, values)
+                } else {
+                    parameters.add_buffer(name, shape, values)
+                }
             };
             if pair.weight.kind == Kind::Embedding {
                 let a = add(0, &mut |_| {});
@@ -436,9 +523,22 @@ impl Method for Lora {
                 changes.change_weight(&pair.weight.name, change);
                 continue;
             }
-            let a = add(0, &mut |values| draw_a(&mut random, values, columns));
-            let b = add(1, &mut |_| {});
+            let start = self.start(weights, pair, &mut random)?;
+            let a = add(0, &mut |values| match &start {
+                Some((a, _)) => values.copy_from_slice(a),
+                None => draw_a(&mut random, values, columns),
+            });
+            let b = add(1, &mut |values| {
+                start.iter().for_each(|(_, b)| values.copy_from_slice(b));
+            });
             let mut next = 2;
+            let start = start.as_ref().map(|(a, b)| {
+                next += 2;
+                (
+                    add(2, &mut |values| values.copy_from_slice(a)),
+                    add(3, &mut |values| values.copy_from_slice(b)),
+                )
+            });
             let bias = self.options.lora_bias.then(|| {
                 next += 1;
                 add(next - 1, &mut |_| {})
@@ -450,11 +550,15 @@ impl Method for Lora {
                 None
             };
             parameters.get_mut(b).rate_factor = self.options.rate_ratio;
+            for id in start.iter().flat_map(|(a, b)| [*a, *b]) {
+                parameters.get_mut(id).saved = false;
+            }
             changes.change_weight(
                 &pair.weight.name,
                 LowRank {
                     a,
                     b,
+                    start,
                     bias,
                     magnitude,
                     rank: pair.rank,
@@ -472,6 +576,30 @@ impl Method for Lora {
         Ok(changes)
     }
 
+    fn fold(
+        &self,
+        parameters: &Parameters,
+        tensors: &mut BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    ) {
+        for (id, parameter) in parameters.iter() {
+            let Some(module) = parameter.name.strip_suffix(START_A) else { continue };
+            let Some(start_b) = parameters.find(&format!("{module}{START_B}")) else { continue };
+            if let Some((shape, values)) = tensors.get_mut(&format!("{module}lora_A.weight")) {
+                shape[0] *= 2;
+                values.extend(parameters.values(id));
+            }
+            if let Some((shape, values)) = tensors.get_mut(&format!("{module}lora_B.weight")) {
+                let (rank, start) = (shape[1], parameters.values(start_b));
+                let rows = values.chunks_exact(rank).zip(start.chunks_exact(rank));
+                let beside = |(now, start): (&[f32], &[f32])| {
+                    now.iter().copied().chain(start.iter().map(|b| -b)).collect::<Vec<f32>>()
+                };
+                *values = rows.flat_map(beside).collect();
+                shape[1] *= 2;
+            }
+        }
+    }
+
     fn adapter_config(&self, spec: &ModelSpec) -> Option<Value> {
         if let Some(original) = &self.original {
             return Some(original.clone());
@@ -487,10 +615,17 @@ impl Method for Lora {
         let transposed = self
             .pairs(spec)
             .is_ok_and(|pairs| pairs.iter().any(|pair| replacement::is_transposed(pair.weight)));
+        // Factors that did not begin at zero are saved with those they began with, as one pair of
+        // twice the rank; alpha makes up for it.
+        let (ranks, alphas) = match (o.init, o.rslora) {
+            (Init::Random, _) => (1, 1.0),
+            (_, false) => (2, 2.0),
+            (_, true) => (2, std::f64::consts::SQRT_2),
+        };
         let mut config = peft_config("LORA", spec);
         config.extend([
-            ("r".to_owned(), json!(o.rank)),
-            ("lora_alpha".to_owned(), number(o.alpha)),
+            ("r".to_owned(), json!(o.rank * ranks)),
+            ("lora_alpha".to_owned(), number(o.alpha * alphas)),
             ("lora_dropout".to_owned(), json!(o.dropout)),
             ("target_modules".to_owned(), targets),
             ("exclude_modules".to_owned(), list(&o.exclude)),
@@ -503,12 +638,19 @@ impl Method for Lora {
             ("use_dora".to_owned(), json!(o.dora)),
             ("lora_bias".to_owned(), json!(o.lora_bias)),
             ("bias".to_owned(), json!(o.bias.name())),
-            ("rank_pattern".to_owned(), json!(o.rank_pattern)),
+            (
+                "rank_pattern".to_owned(),
+                o.rank_pattern
+                    .iter()
+                    .map(|(k, v)| (k.clone(), json!(v * ranks)))
+                    .collect::<serde_json::Map<_, _>>()
+                    .into(),
+            ),
             (
                 "alpha_pattern".to_owned(),
                 o.alpha_pattern
                     .iter()
-                    .map(|(k, v)| (k.clone(), number(*v)))
+                    .map(|(k, v)| (k.clone(), number(*v * alphas)))
                     .collect::<serde_json::Map<_, _>>()
                     .into(),
             ),
@@ -544,6 +686,8 @@ fn row_lengths(values: &[f32], columns: usize) -> Vec<f32> {
 struct LowRank {
     a: ParameterId,
     b: ParameterId,
+    /// The factors as they began; their product is taken off.
+    start: Option<(ParameterId, ParameterId)>,
     bias: Option<ParameterId>,
     magnitude: Option<ParameterId>,
     rank: usize,
@@ -556,11 +700,18 @@ struct LowRank {
 }
 
 impl LowRank {
+    /// Returns the factors; with those they began with beside them, negative in the second, so that
+    /// their product is taken off.
     fn factors(&self, scope: &Scope<'_>) -> (Tensor<2>, Tensor<2>) {
-        (
-            scope.tensor(self.a, [self.rank, self.columns]),
-            scope.tensor(self.b, [self.rows, self.rank]),
-        )
+        let of = |a: ParameterId, b: ParameterId| {
+            let a: Tensor<2> = scope.tensor(a, [self.rank, self.columns]);
+            let b: Tensor<2> = scope.tensor(b, [self.rows, self.rank]);
+            (a, b)
+        };
+        let (a, b) = of(self.a, self.b);
+        let Some((start_a, start_b)) = self.start else { return (a, b) };
+        let (start_a, start_b) = of(start_a, start_b);
+        (Tensor::cat(vec![a, start_a], 0), Tensor::cat(vec![b, start_b.neg()], 1))
     }
 
     /// Returns magnitude / ‖W + sBA‖ per row, the length a constant in the backward pass.
@@ -587,7 +738,9 @@ impl LowRank {
 
 impl WeightChange for LowRank {
     fn parameters(&self) -> Vec<ParameterId> {
-        [Some(self.a), Some(self.b), self.bias, self.magnitude].into_iter().flatten().collect()
+        let start = self.start.into_iter().flat_map(|(a, b)| [a, b]);
+        let others = [self.bias, self.magnitude].into_iter().flatten();
+        [self.a, self.b].into_iter().chain(start).chain(others).collect()
     }
 
     fn materialize(&self, base: Tensor<2>, scope: &Scope<'_>) -> Tensor<2> {

@@ -233,6 +233,7 @@ impl<'a> Training<'a> {
         let nothing = FlatGradients::new();
         let mut view = StepView {
             spec: &spec,
+            weights: Some(self.weights),
             step: step + 1,
             num_steps: self.walk.num_steps,
             loss: f64::NAN,
@@ -252,6 +253,7 @@ impl<'a> Training<'a> {
         }
         let mut view = StepView {
             spec: &spec,
+            weights: Some(self.weights),
             step: step + 1,
             num_steps: self.walk.num_steps,
             loss: result.loss,
@@ -276,6 +278,7 @@ impl<'a> Training<'a> {
         self.state.step += 1;
         let mut view = StepView {
             spec: &spec,
+            weights: Some(self.weights),
             step: self.state.step,
             num_steps: self.walk.num_steps,
             loss: result.loss,
