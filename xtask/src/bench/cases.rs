@@ -155,11 +155,16 @@ impl Inputs {
         program: &Path,
         folder: &Path,
         chats: Option<&Path>,
+        cases: &[&Case],
     ) -> Result<Self, String> {
         fs::create_dir_all(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-        for (name, model) in [("language", LANGUAGE), ("encoder", ENCODER)] {
+        let encoder = |case: &&Case| case.model == Model::Encoder;
+        for (name, model, needed) in [
+            ("language", LANGUAGE, !cases.iter().all(encoder)),
+            ("encoder", ENCODER, cases.iter().any(encoder)),
+        ] {
             let path = folder.join(name);
-            if path.join("config.json").exists() {
+            if !needed || path.join("config.json").exists() {
                 continue;
             }
             let mut export = Command::new(program);

@@ -88,7 +88,9 @@ pub(crate) fn run(root: &Path, options: &Options) -> Outcome {
         eprintln!("building the program");
         output(&mut cargo(&["build", "--release", "--quiet", "--package", "retune"]))?;
         let program = target.join("release").join("retune");
-        let inputs = Inputs::make(&program, &target.join("bench"), options.chats.as_deref())?;
+        let cases: Vec<&Case> = chosen(options).collect();
+        let folder = target.join("bench");
+        let inputs = Inputs::make(&program, &folder, options.chats.as_deref(), &cases)?;
         let rounds = rounds(root, &program, &inputs, options)?;
         let (summary, text) = summarise(options, &rounds);
         if !options.json {
