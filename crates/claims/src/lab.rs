@@ -156,7 +156,7 @@ impl Lab {
         probe: &[usize],
     ) -> Result<Tuning> {
         let weights = self.weights()?;
-        let mut batches = Rows { lab: self, rows, batch: pace.batch, seed };
+        let mut batches = Shuffled { lab: self, rows, batch: pace.batch, seed };
         let folder = tempfile::tempdir()?;
         let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
         let walk = walk(pace, seed, folder.path());
@@ -251,14 +251,14 @@ pub(crate) fn walk(pace: Pace, seed: Seed, checkpoints: &std::path::Path) -> Wal
 }
 
 /// Rows in a new order each pass.
-struct Rows<'a> {
+struct Shuffled<'a> {
     lab: &'a Lab,
     rows: &'a [usize],
     batch: usize,
     seed: Seed,
 }
 
-impl BatchSource for Rows<'_> {
+impl BatchSource for Shuffled<'_> {
     fn micro_batches(&mut self, step: u64) -> retune_train::Result<Vec<Batch>> {
         let count = self.rows.len();
         let first = step as usize * self.batch;
