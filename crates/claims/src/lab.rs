@@ -94,6 +94,17 @@ pub(crate) struct Pace {
     pub(crate) rate: f64,
 }
 
+/// What a tuning left.
+#[derive(Debug)]
+pub(crate) struct Tuning {
+    /// Every weight with its changes.
+    pub(crate) merged: Values,
+    /// Values that trained.
+    pub(crate) num_trained: usize,
+    /// Class logits of the probe with the method in force, before anything was merged.
+    pub(crate) logits: Vec<f32>,
+}
+
 /// A perceptron with its weights and pictures.
 #[derive(Debug)]
 pub(crate) struct Lab {
@@ -132,7 +143,7 @@ impl Lab {
         }
     }
 
-    /// Tunes with a method on `rows` and returns every weight with its changes.
+    /// Tunes with a method on `rows`, and looks at the rows of `probe` with it in force.
     ///
     /// # Errors
     /// Those of the method and of training.
@@ -142,9 +153,10 @@ impl Lab {
         rows: &[usize],
         pace: Pace,
         seed: Seed,
-    ) -> Result<Values> {
+        probe: &[usize],
+    ) -> Result<Tuning> {
         let weights = self.weights()?;
-        let mut batches = Rows { lab: self, rows, batch: pace.batch, seed };
+        let mut batches = Shuffled { lab: self, rows, batch: pace.batch, seed };
         let folder = tempfile::tempdir()?;
         let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
         let walk = walk(pace, seed, folder.path());
@@ -153,9 +165,42 @@ impl Lab {
         let tuned = training.tuned();
         let spec = self.model.spec();
         let learned = spec.weights.iter().filter(|weight| weight.module() != INPUTS);
-        learned
+        let merged = learned
             .map(|weight| Ok((weight.name.clone(), retune_run::export::merged(&tuned, weight)?)))
-            .collect()
+            .collect::<Result<Values>>()?;
+        Ok(Tuning {
+            merged,
+            num_trained: training.parameters.num_trainable(),
+            logits: self.logits(&tuned, probe)?,
+        })
+    }
+
+    fn logits(&self, tuned: &Tuned<'_>, rows: &[usize]) -> Result<Vec<f32>> {
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let documents: Vec<Document> = rows.iter().map(|row| self.document(*row)).collect();
+        Ok(tuned.evaluate(&Batch::new(&documents)?, None, |_, output| {
+            Ok(match output {
+                Output::Classes(rows) | Output::States(rows) | Output::Embeddings(rows) => {
+                    to_vec(rows.inner())
+                }
+            })
+        })?)
+    }
+
+    /// Computes the class logits of `rows`, one after another.
+    ///
+    /// # Errors
+    /// If the weights do not fit.
+    pub(crate) fn scores(&self, rows: &[usize]) -> Result<Vec<f32>> {
+        let weights = self.weights()?;
+        let (changes, parameters) = (Changes::default(), Parameters::new(weights.device()));
+        let model = &self.model;
+        self.logits(
+            &Tuned { model, weights: &weights, changes: &changes, parameters: &parameters },
+            rows,
+        )
     }
 
     /// Returns the share of `rows` whose digit is found.
@@ -163,22 +208,7 @@ impl Lab {
     /// # Errors
     /// If the weights do not fit.
     pub(crate) fn accuracy(&self, rows: &[usize]) -> Result<f64> {
-        let weights = self.weights()?;
-        let (changes, parameters) = (Changes::default(), Parameters::new(weights.device()));
-        let tuned = Tuned {
-            model: &self.model,
-            weights: &weights,
-            changes: &changes,
-            parameters: &parameters,
-        };
-        let documents: Vec<Document> = rows.iter().map(|row| self.document(*row)).collect();
-        let logits = tuned.evaluate(&Batch::new(&documents)?, None, |_, output| {
-            Ok(match output {
-                Output::Classes(rows) | Output::States(rows) | Output::Embeddings(rows) => {
-                    to_vec(rows.inner())
-                }
-            })
-        })?;
+        let logits = self.scores(rows)?;
         let classes = logits.len() / rows.len().max(1);
         let right = logits
             .chunks_exact(classes)
@@ -221,14 +251,14 @@ pub(crate) fn walk(pace: Pace, seed: Seed, checkpoints: &std::path::Path) -> Wal
 }
 
 /// Rows in a new order each pass.
-struct Rows<'a> {
+struct Shuffled<'a> {
     lab: &'a Lab,
     rows: &'a [usize],
     batch: usize,
     seed: Seed,
 }
 
-impl BatchSource for Rows<'_> {
+impl BatchSource for Shuffled<'_> {
     fn micro_batches(&mut self, step: u64) -> retune_train::Result<Vec<Batch>> {
         let count = self.rows.len();
         let first = step as usize * self.batch;

@@ -11,6 +11,7 @@ mod lab;
 mod mlp;
 mod page;
 mod prefix_identity;
+mod ssf;
 mod survey;
 
 pub use error::{Error, Result};
@@ -70,7 +71,7 @@ impl Proof {
 }
 
 /// All claims, by number.
-pub const CLAIMS: &[Claim] = &[survey::CLAIM, prefix_identity::CLAIM, compeft::CLAIM];
+pub const CLAIMS: &[Claim] = &[survey::CLAIM, prefix_identity::CLAIM, ssf::CLAIM, compeft::CLAIM];
 
 /// Returns the mean; not a number for no values.
 fn mean(values: &[f64]) -> f64 {

@@ -26,6 +26,7 @@ pub const CHECKS: &[Check] = &[
     checks::start::CHECK,
     checks::fast::CHECK,
     checks::merge::CHECK,
+    checks::quantized::CHECK,
     checks::packed::CHECK,
     checks::accumulation::CHECK,
     checks::threads::CHECK,

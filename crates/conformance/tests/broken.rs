@@ -7,7 +7,7 @@ use retune_conformance::{CHECKS, check_all, subjects};
 use retune_core::Result;
 use retune_core::change::{Changes, Scope, WeightChange};
 use retune_core::kernels::linear;
-use retune_core::kernels::matrix::PackedMatrix;
+use retune_core::kernels::matrix::{Form, PackedMatrix};
 use retune_core::method::{Card, Method, MethodPlan, PlannedParameter, StepView};
 use retune_core::parameters::{ParameterId, Parameters};
 use retune_core::random::Seed;
@@ -42,6 +42,7 @@ mod flaw {
     pub(crate) const OPTIONS: u8 = 10;
     pub(crate) const SAVE: u8 = 11;
     pub(crate) const RESUME: u8 = 12;
+    pub(crate) const QUANTISED: u8 = 13;
 }
 
 /// Scales the rows of each feed-forward output: right but for `FLAW`.
@@ -208,6 +209,7 @@ impl<const FLAW: u8> WeightChange for Row<FLAW> {
         let [tokens, _] = y.dims();
         match FLAW {
             flaw::FAST => y = y.mul_scalar(1.001),
+            flaw::QUANTISED if base.form() != Form::F32 => y = y.mul_scalar(1.001),
             flaw::PACKING => {
                 let mean = y.clone().mean_dim(0);
                 y = y.clone() + (y - mean).mul_scalar(1e-3);
@@ -266,6 +268,7 @@ flaws! {
     a_wrong_start_is_found: START fails "start";
     a_wrong_fast_path_is_found: FAST fails "fast path";
     a_wrong_merge_is_found: MERGE fails "merge";
+    blocks_read_wrongly_are_found: QUANTISED fails "quantised base";
     leaking_documents_are_found: PACKING fails "packing";
     a_loss_that_depends_on_the_batch_is_found: ACCUMULATION fails "accumulation";
     bits_that_depend_on_threads_are_found: THREADS fails "threads";

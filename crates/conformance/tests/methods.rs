@@ -47,6 +47,7 @@ checks! {
     start: "start";
     fast_path: "fast path";
     merge: "merge";
+    quantised_base: "quantised base";
     packing: "packing";
     accumulation: "accumulation";
     threads: "threads";

@@ -8,6 +8,7 @@ pub mod moves;
 pub mod options;
 pub mod packed;
 pub mod plan;
+pub mod quantized;
 pub mod resume;
 pub mod saved;
 pub mod start;

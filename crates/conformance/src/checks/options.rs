@@ -19,6 +19,10 @@ pub const CHECK: Check = Check {
 const MOST_VALUES: usize = 1 << 20;
 
 fn run(case: &Case<'_>) -> Result<(), Failed> {
+    // Which options there are does not depend on the example; each example only has to come back.
+    if case.method.examples().first() != Some(&case.example) {
+        return written_and_read(case);
+    }
     let specs = (case.plugin.card.options)();
     refuse(case, "conformance_no_such_option = 1", "an unknown option")?;
     for spec in &specs {
