@@ -65,7 +65,9 @@ impl Fastfood {
             self.order.iter().zip(&self.gaussian).map(|(from, g)| x[*from as usize] * g).collect();
         hadamard(&mut y);
         y.truncate(self.many);
-        y.iter_mut().for_each(|y| *y /= self.divisor);
+        for y in &mut y {
+            *y /= self.divisor;
+        }
         y
     }
 

@@ -73,7 +73,6 @@ impl ChildTuning {
         let options = FullOptions {
             targets: self.options.targets.clone(),
             freeze: self.options.freeze.clone(),
-            ..FullOptions::default()
         };
         Full { options }
     }

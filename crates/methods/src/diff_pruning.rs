@@ -242,7 +242,9 @@ impl Method for DiffPruning {
                 parameters.push(PlannedParameter { name, shape, place, trains: true });
             };
             if !self.loaded {
-                names(weight).into_iter().for_each(|name| add(name, weight.shape.clone()));
+                for name in names(weight) {
+                    add(name, weight.shape.clone());
+                }
             }
             add(sparse::name(weight), vec![0]);
         }
@@ -299,7 +301,7 @@ impl Method for DiffPruning {
         let gates: Vec<ParameterId> = step
             .parameters
             .iter()
-            .filter(|(_, p)| p.name.ends_with(".gate") && p.count() > 0)
+            .filter(|(_, p)| p.name.strip_suffix(".gate").is_some() && p.count() > 0)
             .map(|(id, _)| id)
             .collect();
         let total: usize = gates.iter().map(|id| step.parameters.get(*id).count()).sum();

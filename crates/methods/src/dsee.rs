@@ -281,7 +281,7 @@ impl Dsee {
         Some(update)
     }
 
-    fn random_scores(&self, view: &StepView<'_>, weight: &WeightSpec) -> Vec<f32> {
+    fn random_scores(view: &StepView<'_>, weight: &WeightSpec) -> Vec<f32> {
         let mut random = view.seed.stream(&format!("dsee {}", weight.name), &[]);
         (0..weight.count()).map(|_| random.uniform() as f32).collect()
     }
@@ -295,7 +295,7 @@ impl Dsee {
     ) -> Result<Vec<f32>> {
         let update = Self::update(view.parameters, weight);
         let scores = match (self.options.score, update) {
-            (Score::Random, _) => self.random_scores(view, weight),
+            (Score::Random, _) => Self::random_scores(view, weight),
             (Score::Update, Some(update)) => update,
             _ => weights.values(&weight.name)?,
         };
@@ -419,7 +419,7 @@ impl Method for Dsee {
             parameters.push(PlannedParameter { name, shape, place, trains });
         };
         let pruned = self.pruned(spec);
-        for weight in spec.weights.iter() {
+        for weight in &spec.weights {
             if chosen.iter().any(|known| known.name == weight.name) {
                 let [a, b] = names(weight);
                 let [rows, columns] = weight.matrix();

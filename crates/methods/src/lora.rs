@@ -529,7 +529,9 @@ impl Method for Lora {
                 None => draw_a(&mut random, values, columns),
             });
             let b = add(1, &mut |values| {
-                start.iter().for_each(|(_, b)| values.copy_from_slice(b));
+                if let Some((_, b)) = &start {
+                    values.copy_from_slice(b);
+                }
             });
             let mut next = 2;
             let start = start.as_ref().map(|(a, b)| {
