@@ -8,7 +8,7 @@ use retune_core::change::{Mode, Scope};
 use retune_core::model::Tuned;
 use retune_core::parameters::to_vec;
 use retune_core::spec::{ModelSpec, WeightSpec};
-use retune_data::tokenizer::Tokenizer;
+use retune_data::tokenizer::{Tokenizer, pre_name};
 use retune_files::Dtype;
 use retune_files::ggml::BlockType;
 use retune_files::gguf::Metadata;
@@ -183,6 +183,8 @@ fn raw_tokenizer(tokenizer: &Tokenizer) -> Result<GgufTokenizer> {
     if model["type"] != "BPE" {
         return Err(unsupported("a tokenizer that is not byte-level BPE"));
     }
+    let pre = pre_name(&json)
+        .ok_or_else(|| unsupported("a tokenizer that cuts text in a way without a name"))?;
     let size = tokenizer.vocabulary_size();
     let tokens = (0..size as u32)
         .map(|id| tokenizer.id_to_token(id).unwrap_or_else(|| format!("[unused{id}]")))
@@ -205,7 +207,7 @@ fn raw_tokenizer(tokenizer: &Tokenizer) -> Result<GgufTokenizer> {
     let special = tokenizer.special();
     Ok(GgufTokenizer {
         model: "gpt2".to_owned(),
-        pre: Some("default".to_owned()),
+        pre: Some(pre.to_owned()),
         tokens,
         scores: Vec::new(),
         token_types: token_types.collect(),

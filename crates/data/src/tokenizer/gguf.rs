@@ -82,6 +82,37 @@ fn rule(pre: &str) -> Option<Rule> {
     })
 }
 
+/// Finds the name a GGUF file gives to a byte-level tokenizer's way of cutting text into pieces.
+///
+/// `tokenizer` is a whole `tokenizer.json`. `None` where no known name cuts the same way: a file
+/// with another name would be read, and every tool would cut text otherwise than in training.
+pub fn pre_name(tokenizer: &Value) -> Option<&'static str> {
+    let steps = match &tokenizer["pre_tokenizer"] {
+        Value::Object(step) if step.get("type")? == "Sequence" => {
+            step.get("pretokenizers")?.as_array()?.clone()
+        }
+        step => vec![step.clone()],
+    };
+    let mut patterns: Vec<&str> = Vec::new();
+    for step in &steps {
+        match step["type"].as_str()? {
+            "Split" if step["behavior"] == "Isolated" && step["invert"] == false => {
+                patterns.push(step["pattern"]["Regex"].as_str()?);
+            }
+            "Digits" if step["individual_digits"] == true => patterns.push(r"\p{N}"),
+            // Its own expression is GPT-2's; without it bytes are only spelled as letters.
+            "ByteLevel" if step["add_prefix_space"] == true => return None,
+            "ByteLevel" if step["use_regex"] != false => patterns.push(GPT2),
+            "ByteLevel" => {}
+            _ => return None,
+        }
+    }
+    let whole = tokenizer["model"]["ignore_merges"] == true;
+    ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "default"].into_iter().find(|name| {
+        rule(name).is_some_and(|rule| rule.patterns == patterns && rule.ignore_merges == whole)
+    })
+}
+
 /// Builds the tokenizer.
 pub(super) fn build(mut gguf: GgufTokenizer, origin: &str) -> Result<Tokenizer> {
     check_lists(&gguf, origin)?;

@@ -16,7 +16,7 @@ use tokenizers::tokenizer::{Encoding, PostProcessor as _};
 use tokenizers::{PaddingParams, PostProcessorWrapper, TruncationParams};
 
 use crate::error::{Error, Result};
-pub use gguf::GgufTokenizer;
+pub use gguf::{GgufTokenizer, pre_name};
 
 /// The ids of the tokens with a role of their own; absent where the model has none.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -341,3 +341,27 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_way_of_cutting_text_is_named_only_where_a_name_cuts_the_same() {
+    let bytes = |regex: bool| serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": regex});
+    let digits = serde_json::json!({"type": "Digits", "individual_digits": true});
+    let of = |steps: Vec<serde_json::Value>| {
+        pre_name(&serde_json::json!({
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "model": {}
+        }))
+    };
+    assert_eq!(of(vec![bytes(true)]), Some("gpt-2"));
+    assert_eq!(of(vec![digits.clone(), bytes(true)]), Some("smollm"));
+    assert_eq!(of(vec![bytes(false), digits]), None);
+    let single = serde_json::json!({"pre_tokenizer": bytes(true), "model": {}});
+    assert_eq!(pre_name(&single), Some("gpt-2"));
+    // What is read from a file by name is found again under a name that cuts alike.
+    for pre in ["gpt-2", "smollm", "llama-bpe", "qwen2", "default"] {
+        let metadata =
+            GgufTokenizer { pre: Some(pre.into()), ..crate::fixtures::byte_level_metadata() };
+        let tokenizer = Tokenizer::from_gguf(metadata, "x").unwrap();
+        let json = serde_json::from_str(&tokenizer.to_json().unwrap()).unwrap();
+        assert_eq!(pre_name(&json), Some(pre));
+    }
+}
