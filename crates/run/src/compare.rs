@@ -422,7 +422,7 @@ mod tests {
         let folder = Path::new("/tmp/compare");
         let lora = arm_recipe("/tmp/r.toml", recipe, &[], &arm("lora"), folder).unwrap();
         assert!(lora.contains("rank = 3") && lora.contains("seed = 7"), "{lora}");
-        assert!(lora.contains("name = \"lora-seed7\"") && !lora.contains("freeze"), "{lora}");
+        assert!(lora.contains("name = \"lora-seed7\"") && !lora.contains("lm_head"), "{lora}");
         let full = arm_recipe("/tmp/r.toml", recipe, &[], &arm("full"), folder).unwrap();
         assert!(full.contains("lm_head") && !full.contains("rank"), "{full}");
         assert!(arm_recipe("/tmp/r.toml", recipe, &[], &arm("nothing"), folder).is_err());
