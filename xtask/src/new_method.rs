@@ -66,8 +66,8 @@ fn with_module(text: &str, module: &str) -> Result<String, String> {
     let line = format!("pub mod {module};");
     let mut lines: Vec<&str> = text.lines().collect();
     let modules = |l: &&str| l.starts_with("pub mod ");
-    let last = lines.iter().rposition(|l| modules(&l)).ok_or("lib.rs has no `pub mod` line")?;
-    let place = lines.iter().position(|l| modules(&l) && **l > *line).unwrap_or(last + 1);
+    let last = lines.iter().rposition(&modules).ok_or("lib.rs has no `pub mod` line")?;
+    let place = lines.iter().position(|l| modules(l) && **l > *line).unwrap_or(last + 1);
     lines.insert(place, &line);
     Ok(lines.join("\n") + "\n")
 }

@@ -439,7 +439,9 @@ mod tests {
             let run = folder.path().join(format!("lora-seed1-{number}"));
             std::fs::create_dir(&run).unwrap();
             std::fs::write(run.join("recipe.toml"), recipe).unwrap();
-            files.iter().for_each(|file| std::fs::write(run.join(file), "{}").unwrap());
+            for file in files {
+                std::fs::write(run.join(file), "{}").unwrap();
+            }
             run
         };
         let found = || standing(folder.path(), &arm, "new").unwrap();

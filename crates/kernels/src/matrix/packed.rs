@@ -236,9 +236,8 @@ impl PackedMatrix {
     pub fn bytes(&self) -> usize {
         match &self.storage {
             Storage::F32(values) => size_of_val(values.as_slice()),
-            Storage::SharedF32(bytes) => (**bytes).as_ref().len(),
             Storage::Bf16(values) => size_of_val(values.as_slice()),
-            Storage::Blocks(_, bytes) => (**bytes).as_ref().len(),
+            Storage::SharedF32(bytes) | Storage::Blocks(_, bytes) => (**bytes).as_ref().len(),
         }
     }
 

@@ -137,10 +137,15 @@ fn diff_pruning_ends_with_its_density() {
     let options = "density = 0.02\ngate_start = 0.0";
     let pruned = method("diff-pruning", options);
     let done = trained((&*model, &weights), pruned, adamw(), walk(&root, 6, 1e-3));
-    let targeted: usize =
-        model.spec().linears().filter(|w| w.layer.is_some()).map(|w| w.count()).sum();
+    let targeted: usize = model
+        .spec()
+        .linears()
+        .filter(|w| w.layer.is_some())
+        .map(retune_core::spec::WeightSpec::count)
+        .sum();
     let budget = (0.02 * targeted as f64).round() as usize;
     assert_eq!(done.parameters.num_trainable(), budget);
-    let bytes: usize = done.optimizer_state().iter().map(|state| state.bytes()).sum();
+    let bytes: usize =
+        done.optimizer_state().iter().map(retune_core::method::ParameterState::bytes).sum();
     assert_eq!(bytes, 8 * budget);
 }

@@ -64,9 +64,8 @@ fn without_a_redraw_the_frozen_half_is_not_copied() {
             weight.layer.is_some() && weight.kind != Kind::Bias
         };
         let modules = plan.parameters.iter().filter(inside).count();
-        // 9 modules in each of 2 layers.
-        let expected = if level == "category" { 2 * 2 + 3 + 2 } else { 9 };
-        assert_eq!(modules, expected, "{level}");
+        // Half of the 9 modules of each of 2 layers, however they are chosen.
+        assert_eq!(modules, 9, "{level}");
     }
     for ratio in ["0.0", "1.0"] {
         let hft = method("hft", &format!("ratio = {ratio}"));

@@ -44,7 +44,8 @@ fn sara_moves_the_smallest_tenth_and_freezes_what_grew() {
     assert_eq!(done.parameters.num_trainable(), budget);
     assert!(moved.len() <= budget && moved.len() > budget * 9 / 10, "{}", moved.len());
     assert!(moved.iter().all(|size| *size <= stayed));
-    let bytes: usize = done.optimizer_state().iter().map(|state| state.bytes()).sum();
+    let bytes: usize =
+        done.optimizer_state().iter().map(retune_core::method::ParameterState::bytes).sum();
     assert_eq!(bytes, 8 * budget);
 
     // With the switch after step 2: what has grown past the threshold stands still from there.
@@ -62,7 +63,8 @@ fn sara_moves_the_smallest_tenth_and_freezes_what_grew() {
         }
     }
     assert!(still > 0 && four.parameters.num_trainable() + still == budget);
-    let bytes: usize = four.optimizer_state().iter().map(|state| state.bytes()).sum();
+    let bytes: usize =
+        four.optimizer_state().iter().map(retune_core::method::ParameterState::bytes).sum();
     assert_eq!(bytes, 8 * (budget - still));
 }
 
@@ -112,7 +114,8 @@ fn id3_touches_exactly_its_budget_where_gradients_are_largest() {
         .map(|(now, base)| now.iter().zip(base).filter(|(a, b)| a != b).count())
         .sum();
     assert_eq!((moved, done.parameters.num_trainable()), (101, 101));
-    let bytes: usize = done.optimizer_state().iter().map(|state| state.bytes()).sum();
+    let bytes: usize =
+        done.optimizer_state().iter().map(retune_core::method::ParameterState::bytes).sum();
     assert_eq!(bytes, 12 * 101);
     // Ages tell how many updates each entry had: in all about half of a fixed mask's.
     let updates: f32 =

@@ -66,15 +66,20 @@ fn state_and_gradients_are_as_many_as_the_entries() {
     let (model, weights) = open();
     let spiel = method("spiel", OPTIONS);
     let planned = spiel.plan(model.spec()).unwrap().num_trainable();
-    let targeted: usize =
-        model.spec().linears().filter(|w| w.layer.is_some()).map(|w| w.count()).sum();
+    let targeted: usize = model
+        .spec()
+        .linears()
+        .filter(|w| w.layer.is_some())
+        .map(retune_core::spec::WeightSpec::count)
+        .sum();
     let budget = (0.05 * model.spec().count() as f64) as usize;
     assert!(planned <= budget && planned + 20 > budget && planned < targeted / 5);
     let (_guard, root) = folder();
     let done = trained((&*model, &weights), spiel, adamw(), walk(&root, 8, 1e-2));
     assert_eq!(done.parameters.num_trainable(), planned);
     // Two moments and an age, 4 bytes each.
-    let bytes: usize = done.optimizer_state().iter().map(|state| state.bytes()).sum();
+    let bytes: usize =
+        done.optimizer_state().iter().map(retune_core::method::ParameterState::bytes).sum();
     assert_eq!(bytes, 12 * planned);
     let batches = Source::default().micro_batches(0).unwrap();
     let learner = Backprop { seed: Seed(7), recompute: true };
@@ -89,7 +94,13 @@ fn sm3_keeps_rows_and_columns_instead_of_moments() {
     let (_guard, root) = folder();
     let before = method("spiel", &options);
     let done = trained((&*model, &weights), before, sgd(), walk(&root, 1, 0.5));
-    assert_eq!(done.optimizer_state().iter().map(|state| state.bytes()).sum::<usize>(), 0);
+    assert_eq!(
+        done.optimizer_state()
+            .iter()
+            .map(retune_core::method::ParameterState::bytes)
+            .sum::<usize>(),
+        0
+    );
     let gradients: BTreeMap<String, Vec<f32>> =
         dense_gradients((&*model, &weights), 0).into_iter().collect();
     // In the first step u is g², so an entry moves by the rate against its gradient's sign.
