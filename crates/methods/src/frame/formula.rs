@@ -42,12 +42,12 @@ impl View<'_> {
         self.scope.tensor(id, shape)
     }
 
-    /// Returns the weight's own tensor at `place` of [`WeightMethod::layout`].
+    /// Returns the weight's own tensor at `place` of `WeightMethod::layout`.
     pub fn get<const D: usize>(&self, place: usize) -> Tensor<D> {
         self.tensor(self.held.own[place])
     }
 
-    /// Returns the tensor all weights share, at `place` of [`WeightMethod::shared`].
+    /// Returns the tensor all weights share, at `place` of `WeightMethod::shared`.
     pub fn shared<const D: usize>(&self, place: usize) -> Tensor<D> {
         self.tensor(self.held.shared[place])
     }
@@ -57,12 +57,12 @@ impl View<'_> {
         self.get::<D>(place).detach()
     }
 
-    /// Returns the whole numbers at `place` of [`WeightMethod::layout`].
+    /// Returns the whole numbers at `place` of `WeightMethod::layout`.
     pub fn integers(&self, place: usize) -> &[i32] {
         self.scope.parameters().integers(self.held.own[place])
     }
 
-    /// Returns the whole numbers at `place` of [`WeightMethod::shared`].
+    /// Returns the whole numbers at `place` of `WeightMethod::shared`.
     pub fn shared_integers(&self, place: usize) -> &[i32] {
         self.scope.parameters().integers(self.held.shared[place])
     }

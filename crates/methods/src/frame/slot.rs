@@ -61,12 +61,12 @@ impl Slot {
         Self::new(name, shape, Start::Normal(deviation))
     }
 
-    /// Begins as [`Built::computed`] says.
+    /// Begins as [`Built::computed`](super::formula::Built::computed) says.
     pub fn computed(name: impl Into<String>, shape: impl Into<Vec<usize>>) -> Self {
         Self::new(name, shape, Start::Computed)
     }
 
-    /// Holds whole numbers that do not train; begins as [`Built::computed`] says.
+    /// Holds whole numbers that do not train; begins as [`Built::computed`](super::formula::Built::computed) says.
     ///
     /// `limits` are those of [`Integers`]: what a file holds is checked against them.
     pub fn integers(
