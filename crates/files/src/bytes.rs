@@ -161,6 +161,17 @@ impl FileSlice {
         debug_assert!(bytes.get(range.clone()).is_some());
         Self { bytes: bytes.clone(), range }
     }
+
+    /// Copies a part's bytes from `start` on into `out`, as [`FileBytes::read_at`].
+    ///
+    /// # Errors
+    /// The system's error; [`io::ErrorKind::UnexpectedEof`] beyond the part's end.
+    pub fn read_at(&self, start: usize, out: &mut [u8]) -> io::Result<()> {
+        if start.checked_add(out.len()).is_none_or(|end| end > self.range.len()) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.bytes.read_at(self.range.start + start, out)
+    }
 }
 
 impl AsRef<[u8]> for FileSlice {
@@ -195,6 +206,9 @@ mod tests {
         assert_eq!(read, [3, 4]);
         drop(bytes);
         assert_eq!(part[..], [2, 3]);
+        part.read_at(1, &mut read[..1]).unwrap();
+        assert_eq!(read, [3, 4]);
+        assert!(part.read_at(1, &mut read).is_err(), "beyond the part, inside the file");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use tensor::activation::{relu, sigmoid};
 
 use crate::buffer::Buffer;
 use crate::parallel::{CHUNK, each};
+use crate::recompute;
 use crate::simd::{self, fma};
 use crate::tape::{Operation, apply, is_fast, values};
 
@@ -61,16 +62,27 @@ pub fn reference(x: Tensor<2>, activation: Activation) -> Tensor<2> {
     }
 }
 
+impl Activation {
+    fn output(self, x: &FlexTensor) -> FlexTensor {
+        let numbers = values(x);
+        let mut out = Buffer::dirty(numbers.len());
+        each(numbers.chunks(CHUNK).zip(out.chunks_mut(CHUNK)), |(x, out)| {
+            activate_all(self, x, out);
+        });
+        out.into_tensor(x.layout().shape().clone())
+    }
+}
+
 impl Operation<1> for Activation {
     type Saved = FlexTensor;
 
-    fn forward(&self, [x]: [FlexTensor; 1], _: [bool; 1]) -> (FlexTensor, FlexTensor) {
-        let numbers = values(&x);
-        let mut out = Buffer::dirty(numbers.len());
-        each(numbers.chunks(CHUNK).zip(out.chunks_mut(CHUNK)), |(x, out)| {
-            activate_all(*self, x, out);
-        });
-        (out.into_tensor(x.layout().shape().clone()), x)
+    fn forward(&self, [x]: [FlexTensor; 1], [wanted]: [bool; 1]) -> (FlexTensor, FlexTensor) {
+        let out = self.output(&x);
+        if wanted {
+            let (activation, x) = (*self, x.clone());
+            recompute::note(&out, move || activation.output(&x));
+        }
+        (out, x)
     }
 
     fn backward(

@@ -7,6 +7,7 @@ use tensor::Tensor;
 
 use crate::buffer::Buffer;
 use crate::parallel::{add_rows, each, rows_of};
+use crate::recompute;
 use crate::simd::{self, dot, fma};
 use crate::tape::{Operation, apply, from_values, is_fast, values};
 
@@ -78,6 +79,26 @@ struct Saved {
 }
 
 impl LayerNorm {
+    /// Computes the output, and notes how it can be computed again where backward will run.
+    fn noted(
+        &self,
+        x: FlexTensor,
+        weight: FlexTensor,
+        bias: Option<FlexTensor>,
+        tracked: bool,
+    ) -> (FlexTensor, Saved) {
+        let none = vec![0.0; weight.layout().num_elements()];
+        let (out, saved) = self.output(x, weight, bias.as_ref().map_or(&none[..], values));
+        if tracked {
+            let (operation, x, weight) = (self.clone(), saved.x.clone(), saved.weight.clone());
+            recompute::note(&out, move || {
+                let bias = bias.as_ref().map_or(&none[..], values);
+                operation.output(x.clone(), weight.clone(), bias).0
+            });
+        }
+        (out, saved)
+    }
+
     fn output(&self, x: FlexTensor, weight: FlexTensor, bias: &[f32]) -> (FlexTensor, Saved) {
         let width = weight.layout().num_elements();
         let tokens = x.layout().num_elements() / width.max(1);
@@ -141,9 +162,8 @@ impl LayerNorm {
 impl Operation<2> for LayerNorm {
     type Saved = Saved;
 
-    fn forward(&self, [x, weight]: [FlexTensor; 2], _: [bool; 2]) -> (FlexTensor, Saved) {
-        let none = vec![0.0; weight.layout().num_elements()];
-        self.output(x, weight, &none)
+    fn forward(&self, [x, weight]: [FlexTensor; 2], wanted: [bool; 2]) -> (FlexTensor, Saved) {
+        self.noted(x, weight, None, wanted != [false; 2])
     }
 
     fn backward(
@@ -160,8 +180,12 @@ impl Operation<2> for LayerNorm {
 impl Operation<3> for LayerNorm {
     type Saved = Saved;
 
-    fn forward(&self, [x, weight, bias]: [FlexTensor; 3], _: [bool; 3]) -> (FlexTensor, Saved) {
-        self.output(x, weight, values(&bias))
+    fn forward(
+        &self,
+        [x, weight, bias]: [FlexTensor; 3],
+        wanted: [bool; 3],
+    ) -> (FlexTensor, Saved) {
+        self.noted(x, weight, Some(bias), wanted != [false; 3])
     }
 
     fn backward(

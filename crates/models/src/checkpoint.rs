@@ -87,6 +87,7 @@ impl Checkpoint {
                     shape: tensor.shape,
                     kind: tensor.dtype.name(),
                     bytes: tensor.bytes,
+                    file: Some(tensor.share()),
                 })
                 .collect(),
             Files::Gguf(file) => file
@@ -96,6 +97,7 @@ impl Checkpoint {
                     shape: tensor.shape,
                     kind: tensor.kind.name(),
                     bytes: tensor.bytes,
+                    file: Some(tensor.share()),
                 })
                 .collect(),
         })

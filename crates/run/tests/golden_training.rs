@@ -11,6 +11,7 @@ use std::sync::Arc;
 use retune_core::batch::{Batch, Document};
 use retune_core::change::{Changes, Mode};
 use retune_core::event::Event;
+use retune_core::kernels::matrix::{Arithmetic, Form};
 use retune_core::method::Method;
 use retune_core::model::{Model, Output, Tuned};
 use retune_core::parameters::{Parameters, to_vec};
@@ -42,16 +43,16 @@ struct Case {
 
 impl Case {
     fn open(name: &str) -> Self {
+        Self::open_as(name, Packing::default())
+    }
+
+    fn open_as(name: &str, packing: Packing) -> Self {
         let folder = pack().join(name);
         let checkpoint = retune_models::open(&folder.join("base")).unwrap();
         let model = checkpoint.model;
-        let weights = Weights::new(
-            checkpoint.source,
-            Arc::clone(model.spec()),
-            Packing::default(),
-            &Device::flex(),
-        )
-        .unwrap();
+        let weights =
+            Weights::new(checkpoint.source, Arc::clone(model.spec()), packing, &Device::flex())
+                .unwrap();
         let text = std::fs::read_to_string(folder.join("expected.json")).unwrap();
         Self { folder, model, weights, expected: serde_json::from_str(&text).unwrap() }
     }
@@ -198,9 +199,8 @@ fn one_step(name: &str, run: &str, recompute: bool) {
     assert_eq!(in_file, names.len(), "{name}/{run}: parameters with a gradient");
 }
 
-/// Losses, gradient norms and values of twenty AdamW steps with clipping.
-fn twenty_steps(name: &str, run: &str) {
-    let case = Case::open(name);
+/// Takes twenty AdamW steps with clipping; returns losses and gradient norms too.
+fn walk_twenty<'a>(case: &'a Case, run: &str) -> (Training<'a>, Vec<(f64, f64)>) {
     let (method, adapter) = case.method(run);
     let head = &case.model.spec().head;
     let file = SafetensorsFile::open(case.folder.join("train_batches.safetensors")).unwrap();
@@ -236,10 +236,6 @@ fn twenty_steps(name: &str, run: &str) {
     let mut events: Vec<Event> = Vec::new();
     training.walk(&mut source, None, &mut events).unwrap();
 
-    let expected = &case.expected["runs"][run];
-    let series = |key: &str| -> Vec<f64> {
-        expected[key].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect()
-    };
     let done: Vec<(f64, f64)> = events
         .iter()
         .filter_map(|event| match event {
@@ -248,8 +244,37 @@ fn twenty_steps(name: &str, run: &str) {
         })
         .collect();
     assert_eq!(done.len(), 20);
-    for (step, ((loss, norm), (e_loss, e_norm))) in
-        done.iter().zip(series("losses").iter().zip(series("grad_norms"))).enumerate()
+    (training, done)
+}
+
+fn series(expected: &Value, key: &str) -> Vec<f64> {
+    expected[key].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect()
+}
+
+/// In bf16, as far as the processor has it, every loss stays within one percent.
+#[test]
+fn bf16_stays_near_for_twenty_steps() {
+    let bf16 = Packing { form: Form::Bf16, keep_blocks: false, arithmetic: Arithmetic::Bf16 };
+    for (name, run) in [("llama", "lora"), ("llama", "full"), ("qwen2", "lora"), ("bert", "full")] {
+        let case = Case::open_as(name, bf16);
+        let (_, done) = walk_twenty(&case, run);
+        let losses = series(&case.expected["runs"][run], "losses");
+        for (step, ((loss, _), expected)) in done.iter().zip(losses).enumerate() {
+            let gap = (loss - expected).abs() / expected;
+            assert!(gap <= 1e-2, "{name}/{run} step {}: {loss}, f32 {expected}", step + 1);
+        }
+    }
+}
+
+/// Losses, gradient norms and values of twenty steps.
+fn twenty_steps(name: &str, run: &str) {
+    let case = Case::open(name);
+    let (training, done) = walk_twenty(&case, run);
+    let expected = &case.expected["runs"][run];
+    for (step, ((loss, norm), (e_loss, e_norm))) in done
+        .iter()
+        .zip(series(expected, "losses").iter().zip(series(expected, "grad_norms")))
+        .enumerate()
     {
         let step = step + 1;
         assert!((loss - e_loss).abs() <= 1e-5, "{name}/{run} step {step}: loss {loss} != {e_loss}");

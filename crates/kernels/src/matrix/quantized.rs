@@ -15,6 +15,9 @@ use super::dot::{FEW, Rows, Sums};
 use super::packed::Storage;
 use super::vector::{Vector, vectorized};
 
+/// Bytes a row of blocks is asked for ahead of its use.
+const AHEAD: usize = 2048;
+
 /// Adds the dot products of a frozen row with up to four left rows to the first column of `sums`,
 /// or answers `false` for forms that are better decoded first.
 ///
@@ -46,6 +49,10 @@ pub(super) unsafe fn add_row<V: Vector>(
             Storage::Blocks(kind, bytes) => {
                 let size = length / kind.block_len() * kind.block_bytes();
                 let row = &(**bytes).as_ref()[row * size..][..size];
+                // Rows follow one another; the first touch of a line would wait for memory.
+                for line in (0..size).step_by(64) {
+                    V::prefetch(row.as_ptr().wrapping_add(AHEAD + line));
+                }
                 match height {
                     1 => blocks::<V, 1>(*kind, left, row, length, sums),
                     2 => blocks::<V, 2>(*kind, left, row, length, sums),

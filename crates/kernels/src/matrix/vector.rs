@@ -39,6 +39,9 @@ pub(crate) trait Vector: Copy {
         // SAFETY: as the caller promises.
         unsafe { Self::from_nibbles(from).map(|number| number.multiply_add(factor, sum)) }
     }
+    /// Asks for the cache line of an address, which may lie anywhere.
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
     /// Reads `count` IEEE halves, `stride` bytes from each to the next; the rest is zeros.
     ///
     /// Two bytes behind each half may be read with it.
@@ -274,6 +277,11 @@ pub(crate) mod avx512 {
                 let high = _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(wide), numbers);
                 [Self(low), Self(high)]
             }
+        }
+
+        #[inline(always)]
+        unsafe fn prefetch(address: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
         }
 
         #[inline(always)]

@@ -85,6 +85,13 @@ impl WeightSource for GgufSource {
         Some(self.file.get(&self.places.get(name)?.stored)?.shape.to_vec())
     }
 
+    fn stored_bytes(&self, name: &str) -> Option<u64> {
+        let place = self.places.get(name)?;
+        let tensor = self.file.get(&place.stored)?;
+        let blocks = tensor.kind.block_len() > 1 && tensor.shape.len() > 1 && place.offset == 0.0;
+        blocks.then_some(tensor.bytes.len() as u64)
+    }
+
     fn read(&self, name: &str) -> Result<Stored> {
         let Some(place) = self.places.get(name) else {
             // The file's own error names what is near.
