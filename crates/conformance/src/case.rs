@@ -125,8 +125,7 @@ impl<'a> Case<'a> {
 
     /// Returns whether the method says that it refuses this model.
     pub fn is_refused(&self) -> bool {
-        let architecture = self.subject.spec().architecture.as_str();
-        self.method.promises().refuses.contains(&architecture)
+        self.method.promises().refuses(self.subject.spec())
     }
 
     /// Attaches the method to a fresh base.

@@ -97,7 +97,7 @@ pub struct Reference {
 /// The conformance suite holds it to this, both ways: a promise that is not made must not hold by
 /// accident either, so that the documentation made from it is true.
 #[expect(clippy::struct_excessive_bools, reason = "each promise is kept or not by itself")]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub struct Promises {
     /// Before the first step the tuned model computes what its base computes.
     pub starts_at_base: bool,
@@ -107,8 +107,17 @@ pub struct Promises {
     pub exact_gradients: bool,
     /// The base may stay in quantised blocks; else attaching to such a base is refused.
     pub quantized_base: bool,
-    /// Architectures (`model_type`) whose every model the plan refuses.
-    pub refuses: &'static [&'static str],
+    /// Models the plan refuses whatever the options, if there are any.
+    pub refuses: Option<Refusal>,
+}
+
+/// Which models a method refuses, by what they are made of.
+#[derive(Debug, Clone, Copy)]
+pub struct Refusal {
+    /// What they have or lack, behind "models".
+    pub models: &'static str,
+    /// Says whether a model is one of them.
+    pub applies: fn(&ModelSpec) -> bool,
 }
 
 impl Default for Promises {
@@ -118,8 +127,15 @@ impl Default for Promises {
             reaches_all: true,
             exact_gradients: true,
             quantized_base: true,
-            refuses: &[],
+            refuses: None,
         }
+    }
+}
+
+impl Promises {
+    /// Returns whether the plan refuses this model.
+    pub fn refuses(&self, spec: &ModelSpec) -> bool {
+        self.refuses.is_some_and(|refusal| (refusal.applies)(spec))
     }
 }
 

@@ -1,7 +1,7 @@
 //! BitFit: only the biases train.
 
 use retune_core::change::Changes;
-use retune_core::method::{Card, Method, MethodPlan, Promises};
+use retune_core::method::{Card, Method, MethodPlan, Promises, Refusal};
 use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
 use retune_core::spec::{Kind, ModelSpec, Role, WeightSpec};
@@ -103,8 +103,11 @@ impl Method for BitFit {
     }
 
     fn promises(&self) -> Promises {
-        const WITHOUT_BIAS: &[&str] = &["llama", "mistral", "qwen3", "gemma2", "gemma3_text"];
-        Promises { refuses: WITHOUT_BIAS, ..Promises::default() }
+        let refusal = Refusal {
+            models: "without biases",
+            applies: |spec| spec.weights.iter().all(|weight| weight.kind != Kind::Bias),
+        };
+        Promises { refuses: Some(refusal), ..Promises::default() }
     }
 
     fn examples(&self) -> &'static [&'static str] {

@@ -22,6 +22,25 @@ pub fn by_pattern<T: Copy>(
     Ok(found.unwrap_or(usual))
 }
 
+/// Returns how many entries of the target's matrix train, by pattern or the usual number.
+///
+/// # Errors
+/// [`Error::Setting`] if it is zero or more than the matrix has, or a pattern is malformed.
+pub fn num_entries(
+    method: &str,
+    pattern: &BTreeMap<String, usize>,
+    usual: usize,
+    target: &Target,
+) -> Result<usize> {
+    let setting = format!("{method}.n_frequency");
+    let count = by_pattern(pattern, target, usual, &format!("{setting}_pattern"))?;
+    let most = target.rows * target.columns;
+    if count > most || count == 0 {
+        return Err(above(&setting, target, most, count));
+    }
+    Ok(count)
+}
+
 /// Returns the rank if the target's matrix can have it.
 ///
 /// # Errors

@@ -99,14 +99,7 @@ impl WeightMethod for FourierftOptions {
 
 impl FourierftOptions {
     fn count(&self, target: &Target) -> Result<usize> {
-        let pattern = &self.n_frequency_pattern;
-        let setting = "fourierft.n_frequency_pattern";
-        let count = checks::by_pattern(pattern, target, self.n_frequency, setting)?;
-        let most = target.rows * target.columns;
-        if count > most || count == 0 {
-            return Err(checks::above("fourierft.n_frequency", target, most, count));
-        }
-        Ok(count)
+        checks::num_entries("fourierft", &self.n_frequency_pattern, self.n_frequency, target)
     }
 }
 

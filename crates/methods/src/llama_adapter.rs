@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use retune_core::change::{AttentionChange, Changes, Scope};
 use retune_core::kernels::matrix::PackedMatrix;
-use retune_core::kernels::{AttentionOptions, Spans, attention, linear_frozen};
-use retune_core::method::{Card, Promises};
+use retune_core::kernels::{AttentionOptions, linear_frozen};
+use retune_core::method::{Card, Promises, Refusal};
 use retune_core::parameters::ParameterId;
-use retune_core::spec::{ModelSpec, Role, WeightSpec};
+use retune_core::spec::{Kind, ModelSpec, Role, WeightSpec};
 use retune_core::{Error, Result};
 use retune_options::options;
 use serde_json::{Map, Value, json};
@@ -15,6 +15,7 @@ use tensor::Tensor;
 
 use crate::adapter::PREFIX;
 use crate::registry;
+use crate::state::attend::beside;
 use crate::state::keys::Keys;
 use crate::state::{Form, Made, Slot, Start, StateMethod, in_layer};
 
@@ -81,7 +82,16 @@ impl StateMethod for LlamaAdapter {
     const PEFT_TYPE: &'static str = "ADAPTION_PROMPT";
 
     fn promises(&self) -> Promises {
-        Promises { refuses: &["gpt2", "bert"], ..Promises::default() }
+        let refusal = Refusal {
+            models: "whose keys have no projection of their own, or with a bias behind the heads",
+            applies: |spec| {
+                let has = |role, kind: fn(Kind) -> bool| {
+                    spec.weights.iter().any(|weight| weight.role == role && kind(weight.kind))
+                };
+                !has(Role::Key, |_| true) || has(Role::AttentionOutput, |kind| kind == Kind::Bias)
+            },
+        };
+        Promises { refuses: Some(refusal), ..Promises::default() }
     }
 
     fn examples() -> &'static [&'static str] {
@@ -183,26 +193,4 @@ impl AttentionChange for GatedPrompt {
         let gate: Tensor<2> = scope.tensor(self.gate, [1, 1]);
         heads + beside(queries, keys, values, options) * gate
     }
-}
-
-/// Lets every query see the same keys and nothing else.
-///
-/// # Shapes
-/// - `queries`: `[tokens, heads · head width]`
-/// - `keys`, `values`: `[n, key heads · head width]`
-pub fn beside(
-    queries: &Tensor<2>,
-    keys: Tensor<2>,
-    values: Tensor<2>,
-    options: &AttentionOptions,
-) -> Tensor<2> {
-    let options = AttentionOptions {
-        causal: false,
-        window: None,
-        soft_cap: None,
-        prefix: 0,
-        ..options.clone()
-    };
-    let [seeing, seen] = [queries, &keys].map(|rows| Spans::from_lengths([rows.dims()[0]]));
-    attention(queries.clone(), keys, values, &seeing, &seen, &options)
 }

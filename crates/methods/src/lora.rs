@@ -9,7 +9,7 @@ use retune_core::kernels::{linear, linear_frozen, linear_low_rank};
 use retune_core::method::{Card, Method, MethodPlan, PlannedParameter, Promises};
 use retune_core::parameters::{ParameterId, Parameters};
 use retune_core::random::{Random, Seed};
-use retune_core::spec::{Kind, ModelSpec, Role, WeightSpec};
+use retune_core::spec::{Kind, ModelSpec, WeightSpec};
 use retune_core::targets::{Among, Targets, pattern_value};
 use retune_core::weights::Weights;
 use retune_core::{Error, Result};
@@ -352,34 +352,15 @@ impl Lora {
                 whole.push((format!("{PREFIX}{}{wrapped}", weight.module()), weight));
             }
         }
-        let mut modules = self.options.modules_to_save.clone();
-        if matches!(spec.head, retune_core::spec::Head::Classes { .. }) {
-            // PEFT trains and saves a new head whole by itself; a frozen random one is useless.
-            for head in spec.weights.iter().filter(|weight| weight.role == Role::Head) {
-                let last = head.module().rsplit('.').next().unwrap_or_default().to_owned();
-                if !modules.contains(&last) {
-                    modules.push(last);
-                }
-            }
-        }
-        if !modules.is_empty() {
-            let saved = Targets { names: modules, ..Targets::default() };
-            for module in saved.select(spec, Among::Modules, "method.lora.modules_to_save")? {
-                if targeted(module.module()) {
-                    return Err(Error::Setting {
-                        setting: "method.lora.modules_to_save".to_owned(),
-                        what: "a module is targeted and saved whole at once".to_owned(),
-                        expected: "each module in one of the two".to_owned(),
-                        found: module.module().to_owned(),
-                        help: "add it to `exclude`, or take it out of `modules_to_save`".to_owned(),
-                    });
-                }
-                // With `bias = "all"` its bias is there already.
-                whole.retain(|(_, weight)| weight.module() != module.module());
-                let parts = spec.weights.iter().filter(|w| w.module() == module.module());
-                whole.extend(parts.map(|w| (format!("{PREFIX}{}", w.name), w)));
-            }
-        }
+        // PEFT trains and saves a new head whole by itself, and refuses one that is targeted too.
+        let modules = replacement::with_new_head(spec, &self.options.modules_to_save, |_| false);
+        let setting = "method.lora.modules_to_save";
+        let saved = replacement::whole_modules(spec, modules, &targeted, setting)?;
+        // With `bias = "all"` its bias is there already.
+        whole.retain(|(_, weight)| {
+            saved.iter().all(|(_, module)| module.module() != weight.module())
+        });
+        whole.extend(saved);
         Ok(whole)
     }
 }

@@ -57,6 +57,25 @@ pub fn attach(
     Ok(value)
 }
 
+/// Adds the new head of a classifier to the modules that train whole, unless `leave_out` names it: a
+/// frozen random head is useless.
+pub fn with_new_head(
+    spec: &ModelSpec,
+    names: &[String],
+    leave_out: impl Fn(&str) -> bool,
+) -> Vec<String> {
+    let mut modules = names.to_vec();
+    if matches!(spec.head, Head::Classes { .. }) {
+        for head in spec.weights.iter().filter(|weight| weight.role == Role::Head) {
+            let last = head.module().rsplit('.').next().unwrap_or_default().to_owned();
+            if !modules.contains(&last) && !leave_out(head.module()) {
+                modules.push(last);
+            }
+        }
+    }
+    modules
+}
+
 /// Returns the weights of modules that train whole beside a method's change, with their names in an
 /// adapter's file; a new head trains whole by itself, since a frozen random one is useless.
 ///
@@ -69,15 +88,19 @@ pub fn saved_modules<'a>(
     is_targeted: &dyn Fn(&str) -> bool,
     setting: &str,
 ) -> Result<Vec<(String, &'a WeightSpec)>> {
-    let mut modules = names.to_vec();
-    if matches!(spec.head, Head::Classes { .. }) {
-        for head in spec.weights.iter().filter(|weight| weight.role == Role::Head) {
-            let last = head.module().rsplit('.').next().unwrap_or_default().to_owned();
-            if !modules.contains(&last) && !is_targeted(head.module()) {
-                modules.push(last);
-            }
-        }
-    }
+    whole_modules(spec, with_new_head(spec, names, is_targeted), is_targeted, setting)
+}
+
+/// Returns the weights of `modules`, with their names in an adapter's file.
+///
+/// # Errors
+/// As [`saved_modules`].
+pub fn whole_modules<'a>(
+    spec: &'a ModelSpec,
+    modules: Vec<String>,
+    is_targeted: &dyn Fn(&str) -> bool,
+    setting: &str,
+) -> Result<Vec<(String, &'a WeightSpec)>> {
     let mut whole = Vec::new();
     if modules.is_empty() {
         return Ok(whole);

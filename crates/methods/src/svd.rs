@@ -1,4 +1,6 @@
-//! Singular value decompositions and symmetric eigenvectors, in double precision.
+//! Singular value decompositions in double precision.
+
+use retune_eigen::{dot, symmetric};
 
 /// W = U·diag(s)·Vᵀ with `k` = min(rows, columns), s falling.
 #[derive(Debug, Clone, PartialEq)]
@@ -62,9 +64,7 @@ fn tall(a: &[f64], rows: usize, n: usize) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
             }
         }
     }
-    let (_, vectors) = symmetric(gram, n);
-    // Eigenvalues rise; singular values fall.
-    let vt: Vec<f64> = vectors.chunks_exact(n.max(1)).rev().flatten().copied().collect();
+    let vt = symmetric(gram, n, true).vectors;
     let mut ut = vec![0.0; n * rows];
     for (place, row) in a.chunks_exact(n.max(1)).enumerate() {
         for i in 0..n {
@@ -83,112 +83,8 @@ fn tall(a: &[f64], rows: usize, n: usize) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
     (ut, s, vt)
 }
 
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    // Four sums at once let the processor work on vectors.
-    let mut sums = [0.0_f64; 4];
-    let (a4, b4) = (a.chunks_exact(4), b.chunks_exact(4));
-    let rest: f64 = a4.remainder().iter().zip(b4.remainder()).map(|(x, y)| x * y).sum();
-    for (x, y) in a4.zip(b4) {
-        for lane in 0..4 {
-            sums[lane] += x[lane] * y[lane];
-        }
-    }
-    sums.iter().sum::<f64>() + rest
-}
-
 fn transposed(a: &[f64], rows: usize, columns: usize) -> Vec<f64> {
     (0..columns).flat_map(|c| (0..rows).map(move |r| a[r * columns + c])).collect()
-}
-
-/// Returns eigenvalues, rising, and eigenvectors as rows, of a symmetric matrix `[n, n]`.
-///
-/// Householder's reduction to three diagonals, then QL steps with Wilkinson's shift.
-pub fn symmetric(mut a: Vec<f64>, n: usize) -> (Vec<f64>, Vec<f64>) {
-    let mut q: Vec<f64> = (0..n * n).map(|i| if i % (n + 1) == 0 { 1.0 } else { 0.0 }).collect();
-    let mut off = vec![0.0; n];
-    for k in 0..n.saturating_sub(2) {
-        // Reflects column k below the diagonal onto its first entry, on both sides.
-        let mut v: Vec<f64> =
-            (0..n).map(|row| if row > k { a[row * n + k] } else { 0.0 }).collect();
-        let length = dot(&v, &v).sqrt();
-        if length == 0.0 {
-            continue;
-        }
-        let head = -length.copysign(v[k + 1]);
-        v[k + 1] -= head;
-        let scale = 2.0 / dot(&v, &v);
-        let p: Vec<f64> =
-            a.chunks_exact(n).map(|row| scale * dot(&row[k + 1..], &v[k + 1..])).collect();
-        let half = 0.5 * scale * dot(&v, &p);
-        let w: Vec<f64> = p.iter().zip(&v).map(|(p, v)| p - half * v).collect();
-        for row in 0..n {
-            let (vr, wr) = (v[row], w[row]);
-            let own = &mut a[row * n..(row + 1) * n];
-            own.iter_mut().zip(v.iter().zip(&w)).for_each(|(x, (vc, wc))| *x -= vr * wc + wr * vc);
-        }
-        // The rows of q become those of the product of all reflections.
-        let mut along = vec![0.0; n];
-        for (row, factor) in q.chunks_exact(n).zip(&v) {
-            along.iter_mut().zip(row).for_each(|(sum, x)| *sum += factor * x);
-        }
-        for (row, factor) in q.chunks_exact_mut(n).zip(&v) {
-            row.iter_mut().zip(&along).for_each(|(x, sum)| *x -= scale * factor * sum);
-        }
-    }
-    let mut diagonal: Vec<f64> = (0..n).map(|i| a[i * n + i]).collect();
-    for i in 1..n {
-        off[i - 1] = a[i * n + i - 1];
-    }
-    implicit_ql(&mut diagonal, &mut off, &mut q, n);
-    let mut order: Vec<usize> = (0..n).collect();
-    order.sort_by(|x, y| diagonal[*x].total_cmp(&diagonal[*y]));
-    let vectors = order.iter().flat_map(|i| &q[i * n..(i + 1) * n]).copied().collect();
-    (order.iter().map(|i| diagonal[*i]).collect(), vectors)
-}
-
-/// Makes three diagonals one; each rotation turns two rows of `q`.
-fn implicit_ql(d: &mut [f64], e: &mut [f64], q: &mut [f64], n: usize) {
-    for l in 0..n {
-        for _ in 0..50 {
-            let negligible =
-                |m: &usize| e[*m].abs() <= f64::EPSILON * (d[*m].abs() + d[*m + 1].abs());
-            let m = (l..n - 1).find(negligible).unwrap_or(n - 1);
-            if m == l {
-                break;
-            }
-            let mut g = (d[l + 1] - d[l]) / (2.0 * e[l]);
-            let mut r = g.hypot(1.0);
-            g = d[m] - d[l] + e[l] / (g + r.copysign(g));
-            let (mut s, mut c, mut p) = (1.0, 1.0, 0.0);
-            let mut broke = false;
-            for i in (l..m).rev() {
-                let (f, b) = (s * e[i], c * e[i]);
-                r = f.hypot(g);
-                e[i + 1] = r;
-                if r == 0.0 {
-                    d[i + 1] -= p;
-                    e[m] = 0.0;
-                    broke = true;
-                    break;
-                }
-                (s, c) = (f / r, g / r);
-                g = d[i + 1] - p;
-                r = (d[i] - g) * s + 2.0 * c * b;
-                p = s * r;
-                d[i + 1] = g + p;
-                g = c * r - b;
-                let (upper, lower) = q[i * n..(i + 2) * n].split_at_mut(n);
-                for (x, y) in upper.iter_mut().zip(lower) {
-                    (*x, *y) = (c * *x - s * *y, s * *x + c * *y);
-                }
-            }
-            if !broke {
-                d[l] -= p;
-                e[l] = g;
-                e[m] = 0.0;
-            }
-        }
-    }
 }
 
 #[cfg(test)]
@@ -201,19 +97,6 @@ mod tests {
         for (f, e) in found.iter().zip(expected) {
             assert!((f - e).abs() <= tolerance, "{found:?}, expected {expected:?}");
         }
-    }
-
-    #[test]
-    fn eigenvectors_by_hand() {
-        let (values, vectors) = symmetric(vec![2.0, 1.0, 1.0, 2.0], 2);
-        close(&values, &[1.0, 3.0], 1e-14);
-        let half = 0.5_f64.sqrt();
-        let signs = [vectors[0].signum(), vectors[2].signum()];
-        close(
-            &vectors,
-            &[half * signs[0], -half * signs[0], half * signs[1], half * signs[1]],
-            1e-14,
-        );
     }
 
     #[test]

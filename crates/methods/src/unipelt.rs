@@ -14,8 +14,8 @@ use retune_options::options;
 use tensor::{Tensor, activation};
 
 use crate::adapter::PREFIX;
-use crate::llama_adapter::beside;
 use crate::registry;
+use crate::state::attend::beside;
 use crate::state::block::{Bottleneck, Plan};
 use crate::state::sublayer::Queries;
 use crate::state::{Form, Made, Slot, Start, StateMethod, kaiming, layers};

@@ -100,14 +100,7 @@ impl WeightMethod for WaveftOptions {
 
 impl WaveftOptions {
     fn count(&self, target: &Target) -> Result<usize> {
-        let pattern = &self.n_frequency_pattern;
-        let setting = "waveft.n_frequency_pattern";
-        let count = checks::by_pattern(pattern, target, self.n_frequency, setting)?;
-        let most = target.rows * target.columns;
-        if count > most || count == 0 {
-            return Err(checks::above("waveft.n_frequency", target, most, count));
-        }
-        Ok(count)
+        checks::num_entries("waveft", &self.n_frequency_pattern, self.n_frequency, target)
     }
 }
 

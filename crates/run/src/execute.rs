@@ -105,12 +105,11 @@ impl Observer for All<'_> {
 }
 
 /// Measures the validation loss during training.
-struct ValidationLoss<'a> {
+struct ValidationLoss {
     batches: Vec<retune_core::batch::Batch>,
-    marker: std::marker::PhantomData<&'a ()>,
 }
 
-impl Validation for ValidationLoss<'_> {
+impl Validation for ValidationLoss {
     fn measure(&mut self, tuned: &Tuned<'_>) -> retune_train::Result<BTreeMap<String, f64>> {
         let found = validate(tuned, &self.batches)?;
         let mut metrics = BTreeMap::from([("loss".to_owned(), found.loss)]);
@@ -184,10 +183,9 @@ fn walk(
         observer.on_event(&event);
     }
     let mut validation = match &prepared.splits.validation {
-        Some(rows) => Some(ValidationLoss {
-            batches: rows.batches(recipe.evaluate.rows, EVALUATION_TOKENS)?,
-            marker: std::marker::PhantomData,
-        }),
+        Some(rows) => {
+            Some(ValidationLoss { batches: rows.batches(recipe.evaluate.rows, EVALUATION_TOKENS)? })
+        }
         None => None,
     };
     let train_started = (environment.clock)();

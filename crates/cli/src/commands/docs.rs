@@ -112,8 +112,8 @@ fn method(plugin: &Plugin) -> String {
         } else {
             "A base in quantised blocks is refused."
         });
-        if !promises.refuses.is_empty() {
-            item(&format!("Models of type {} are refused.", promises.refuses.join(", ")));
+        if let Some(refusal) = promises.refuses {
+            item(&format!("Models {} are refused.", refusal.models));
         }
     }
     out.push_str("\n## Files\n\n");

@@ -4,6 +4,7 @@
 //! ([`StateMethod::build`]). Planning, initial values, heads that train beside, and the adapter's
 //! configuration are here, once.
 
+pub mod attend;
 pub mod block;
 pub mod keys;
 pub mod prompt;

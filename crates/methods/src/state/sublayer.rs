@@ -13,8 +13,8 @@ use retune_core::{Error, Result};
 use retune_options::choice;
 use tensor::{Tensor, activation};
 
+use super::attend::beside;
 use super::block::Bottleneck;
-use crate::llama_adapter::beside;
 
 choice! {
     /// Where a module's input comes from.
