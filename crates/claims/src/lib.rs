@@ -5,6 +5,7 @@
 //! what its paper or the retelling of it claims at this scale, and nothing is tuned until it fits.
 
 mod compeft;
+mod encoder;
 mod error;
 mod lab;
 mod mlp;
