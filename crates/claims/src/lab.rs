@@ -265,6 +265,7 @@ impl Lab {
                 Output::Classes(rows) | Output::States(rows) | Output::Embeddings(rows) => {
                     to_vec(rows.inner())
                 }
+                Output::Pairs(pairs) => to_vec(pairs.similarities().inner()),
             })
         })?)
     }

@@ -87,6 +87,7 @@ impl Mlp {
             vocabulary: inputs.len(),
             max_positions: 2,
             causal: true,
+            towers: Vec::new(),
             weights,
             head: Head::Classes { labels: (0..classes).map(|class| class.to_string()).collect() },
             config: Value::Null,

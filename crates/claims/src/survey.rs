@@ -217,6 +217,7 @@ fn logits(tuned: &Tuned<'_>, batch: &Batch) -> Result<Vec<f32>> {
     Ok(tuned.evaluate(batch, None, |pass, output| match output {
         Output::States(states) => Ok(to_vec(pass.logits(&states, &rows)?.inner())),
         Output::Classes(rows) | Output::Embeddings(rows) => Ok(to_vec(rows.inner())),
+        Output::Pairs(pairs) => Ok(to_vec(pairs.similarities().inner())),
     })?)
 }
 

@@ -101,7 +101,7 @@ pub(crate) enum Command {
         #[arg(long)]
         adapter: Option<PathBuf>,
         /// A safetensors file with `input_ids` [B, T] and, where needed, `attention_mask` and
-        /// `token_type_ids`.
+        /// `token_type_ids`; for models that read images `pixel_values` [B, C, H, W].
         #[arg(long)]
         input_ids: PathBuf,
         /// The safetensors file to write: `logits`, F32.
@@ -177,6 +177,18 @@ pub(crate) enum Command {
     },
     /// Lists the models that have a name, and the architectures that can be read.
     Models,
+    /// Draws the weights of a new model from a seed, to be trained from scratch.
+    Init {
+        /// A folder with `config.json` and what else the model needs: `tokenizer.json`,
+        /// `preprocessor_config.json`.
+        config: PathBuf,
+        /// The folder to write.
+        #[arg(long)]
+        output: PathBuf,
+        /// The seed.
+        #[arg(long, default_value_t = 42)]
+        seed: u64,
+    },
     /// Writes a commented recipe.
     New {
         /// The file to write.

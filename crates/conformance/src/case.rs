@@ -202,7 +202,7 @@ impl<'a> Case<'a> {
     }
 }
 
-/// Computes all logits, class logits or document vectors, row by row.
+/// Computes all logits, class logits, document vectors or pairs of vectors, row by row.
 ///
 /// # Errors
 /// Those of the model.
@@ -214,6 +214,7 @@ pub fn outputs(tuned: &Tuned<'_>, batch: &Batch) -> Result<Vec<f32>, Failed> {
                 to_vec(pass.logits(&states, &rows)?.inner())
             }
             Output::Classes(rows) | Output::Embeddings(rows) => to_vec(rows.inner()),
+            Output::Pairs(pairs) => to_vec(pairs.documents().inner()),
         })
     })?)
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use retune_core::batch::{Batch, Document};
+use retune_core::batch::{Batch, Document, IMAGE};
 use retune_core::kernels::matrix::Form;
 use retune_core::model::Model;
 use retune_core::random::Seed;
@@ -12,7 +12,7 @@ use retune_core::spec::{Head, ModelSpec};
 use retune_core::weights::{Packing, Stored, WeightSource, Weights};
 use retune_files::ggml::BlockType;
 use retune_models::config::Config;
-use retune_testkit::tiny::{MemorySource, configs};
+use retune_testkit::tiny::{MemorySource, configs, image_configs};
 use serde_json::Value;
 use tensor::Device;
 
@@ -32,8 +32,9 @@ pub struct Subject {
 }
 
 /// Shapes that differ in what methods trip over: an untied head, a tied head with offset norms and
-/// short windows, transposed weights with biases, an encoder with classes.
-const KINDS: &[&str] = &["llama", "gemma3", "gpt2", "bert classes"];
+/// short windows, transposed weights with biases, an encoder with classes, images instead of words,
+/// two towers of different widths.
+const KINDS: &[&str] = &["llama", "gemma3", "gpt2", "bert classes", "vit classes", "clip"];
 
 /// Makes the models every method is tried on.
 ///
@@ -44,7 +45,8 @@ pub fn subjects() -> Result<Vec<Subject>, Failed> {
 }
 
 fn config(name: &str) -> Result<Value, Failed> {
-    let found = configs().into_iter().find(|(known, _)| *known == name);
+    let all = configs().into_iter().chain(image_configs());
+    let found = all.into_iter().find(|(known, _)| *known == name);
     found.map(|(_, config)| config).ok_or_else(|| Failed(format!("no tiny model `{name}`")))
 }
 
@@ -97,9 +99,25 @@ impl Subject {
         };
         let draw = |(row, length): (usize, &usize)| {
             let mut random = Seed(5).stream(purpose, &[row as u64]);
+            let mut tokens = Vec::new();
+            let mut pixels = Vec::new();
+            if let Some(image) = spec.image() {
+                tokens = vec![IMAGE; image.num_tokens()];
+                pixels = vec![0.0; image.num_values()];
+                random.fill_normal(&mut pixels, 1.0);
+            }
+            if spec.vocabulary > 0 {
+                tokens.extend((0..*length).map(|_| random.below(spec.vocabulary) as u32));
+            }
+            if spec.head == Head::Pairs {
+                // The last token of the vocabulary is the end token.
+                tokens.push(spec.vocabulary as u32 - 1);
+            }
+            let learn = (0..tokens.len()).map(|place| place > 0 && pixels.is_empty()).collect();
             Document {
-                tokens: (0..*length).map(|_| random.below(spec.vocabulary) as u32).collect(),
-                learn: (0..*length).map(|place| place > 0).collect(),
+                pixels,
+                tokens,
+                learn,
                 token_types: None,
                 class: (classes > 0).then(|| random.below(classes.max(1)) as u32),
                 row,

@@ -3,19 +3,28 @@
 use crate::error::{Error, Result};
 use retune_kernels::Spans;
 
+/// The id of the rows an image takes: the first stands for the whole, the others for its patches.
+pub const IMAGE: u32 = u32::MAX;
+
 /// Documents laid end to end.
 ///
 /// There is no padding in retune: the tokens of all documents lie in one row of length `N`, and
 /// [`Spans`] say where each begins. Attention and positions never cross a border, so a packed
 /// row and the same documents one by one give the same numbers.
+///
+/// An image is a document of patches: rows with the id [`IMAGE`] and numbers in `pixels`. A text
+/// may follow it in the same document; its positions count from 0 again.
 #[derive(Debug, Clone)]
 pub struct Batch {
     /// Token ids, `[N]`.
     pub tokens: Vec<u32>,
     /// Where each document begins and ends.
     pub spans: Spans,
-    /// Position of each token in its document, `[N]`.
+    /// Position of each token in its document, `[N]`; an image and the text behind it are counted
+    /// apart.
     pub positions: Vec<usize>,
+    /// Pixels of all images, patch by patch: `[patches, channels · patch height · patch width]`.
+    pub pixels: Vec<f32>,
     /// Token types (segments) of encoders, `[N]`; zeros where absent.
     pub token_types: Option<Vec<u32>>,
     /// What each token should predict, `[N]`: for language models the *next* token of the same
@@ -31,10 +40,12 @@ pub struct Batch {
 }
 
 /// One document before it is laid into a [`Batch`].
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Document {
-    /// Token ids.
+    /// Token ids; those of an image are [`IMAGE`] and come first.
     pub tokens: Vec<u32>,
+    /// Pixels of the image, patch by patch, each channel by channel and row by row.
+    pub pixels: Vec<f32>,
     /// Whether each token is learned, i.e. predicted by the one before it.
     pub learn: Vec<bool>,
     /// Token types, where the model has them.
@@ -56,6 +67,7 @@ impl Batch {
             tokens: Vec::with_capacity(total),
             spans: Spans::from_lengths(documents.iter().map(|d| d.tokens.len())),
             positions: Vec::with_capacity(total),
+            pixels: Vec::with_capacity(documents.iter().map(|d| d.pixels.len()).sum()),
             token_types: None,
             targets: Vec::with_capacity(total),
             classes: Vec::with_capacity(documents.len()),
@@ -75,7 +87,9 @@ impl Batch {
                 });
             }
             batch.tokens.extend(&document.tokens);
-            batch.positions.extend(0..length);
+            let image = image_tokens(&document.tokens);
+            batch.positions.extend((0..image).chain(0..length - image));
+            batch.pixels.extend(&document.pixels);
             batch.targets.extend((0..length).map(|t| {
                 (t + 1 < length && document.learn[t + 1]).then(|| document.tokens[t + 1])
             }));
@@ -101,8 +115,36 @@ impl Batch {
     pub fn num_labels(&self, head: &crate::spec::Head) -> usize {
         match head {
             crate::spec::Head::Language { .. } => self.targets.iter().flatten().count(),
+            crate::spec::Head::Pairs => self.matches().into_iter().flatten().count(),
             _ => self.classes.iter().flatten().count(),
         }
+    }
+
+    /// Returns how many rows of a document are its image's, and how many its text's.
+    pub fn sides(&self, span: std::ops::Range<usize>) -> [usize; 2] {
+        let image = image_tokens(&self.tokens[span.clone()]);
+        [image, span.len() - image]
+    }
+
+    /// Returns the place of each image's text among the texts of the batch: its own where it has
+    /// one, else that of its class, where it has one.
+    pub fn matches(&self) -> Vec<Option<usize>> {
+        let mut list = Vec::new();
+        let mut texts = 0;
+        for (document, span) in self.spans.iter().enumerate() {
+            let [image, text] = self.sides(span);
+            if image > 0 {
+                let of_class = self.classes[document].map(|class| class as usize);
+                list.push(if text > 0 { Some(texts) } else { of_class });
+            }
+            texts += usize::from(text > 0);
+        }
+        list
+    }
+
+    /// Returns whether every document is an image with its text.
+    pub fn is_paired(&self) -> bool {
+        self.spans.iter().all(|span| self.sides(span).iter().all(|side| *side > 0))
     }
 
     /// Checks that every document's task is one of `count`.
@@ -136,8 +178,25 @@ impl Batch {
     /// # Errors
     /// [`Error::Input`] that names the row of the first token or document that does not fit.
     pub fn check(&self, spec: &crate::spec::ModelSpec, taken: usize) -> Result<()> {
+        let mut num_patches = 0;
         for (index, span) in self.spans.iter().enumerate() {
             let row = self.rows.get(index).copied().unwrap_or(index);
+            let [image, _] = self.sides(span.clone());
+            let fits = |wanted| image == 0 || image == wanted;
+            let wanted = spec.image().map_or(0, crate::spec::ImageSpec::num_tokens);
+            if !fits(wanted) {
+                return Err(Error::Input {
+                    what: format!("row {row} has an image the model cannot read"),
+                    expected: match wanted {
+                        0 => format!("text only, as {} reads no images", spec.class),
+                        _ => format!("{wanted} rows, one for the image and one for each patch"),
+                    },
+                    found: format!("{image} rows"),
+                    help: "use a model that reads images of this size".to_owned(),
+                });
+            }
+            num_patches += image.saturating_sub(1);
+            let span = span.start + image..span.end;
             if let Some(token) =
                 self.tokens[span.clone()].iter().find(|t| **t as usize >= spec.vocabulary)
             {
@@ -149,7 +208,8 @@ impl Batch {
                         .to_owned(),
                 });
             }
-            let last = self.positions[span].iter().max().copied().unwrap_or(0);
+            // Patches have their places in the image, whatever stands before them.
+            let Some(last) = self.positions[span].iter().max().copied() else { continue };
             if last + taken >= spec.max_positions {
                 let room = spec.max_positions.saturating_sub(taken);
                 return Err(Error::Input {
@@ -165,8 +225,22 @@ impl Batch {
                 });
             }
         }
+        let values = spec.image().map_or(0, crate::spec::ImageSpec::patch_values);
+        if self.pixels.len() != num_patches * values {
+            return Err(Error::Input {
+                what: "the pixels of the batch do not fit its images".to_owned(),
+                expected: format!("{values} numbers for each of {num_patches} patches"),
+                found: format!("{} numbers", self.pixels.len()),
+                help: "prepare the images for this model".to_owned(),
+            });
+        }
         Ok(())
     }
+}
+
+/// Returns how many rows at the beginning of a document are an image's.
+fn image_tokens(tokens: &[u32]) -> usize {
+    tokens.iter().take_while(|token| **token == IMAGE).count()
 }
 
 #[cfg(test)]
@@ -191,6 +265,33 @@ mod tests {
         assert_eq!(batch.targets, [Some(6), Some(7), None, Some(9), None]);
         assert_eq!(batch.positions, [0, 1, 2, 0, 1]);
         assert_eq!(batch.spans.iter().collect::<Vec<_>>(), [0..3, 3..5]);
+    }
+
+    fn picture(text: &[u32], class: Option<u32>, row: usize) -> Document {
+        let tokens: Vec<u32> = [IMAGE; 3].into_iter().chain(text.iter().copied()).collect();
+        let learn = vec![false; tokens.len()];
+        Document { tokens, learn, pixels: vec![0.5; 2], class, row, ..Document::default() }
+    }
+
+    #[test]
+    fn an_image_and_its_text_are_counted_apart() {
+        let batch = Batch::new(&[picture(&[7, 8], None, 0), picture(&[9], None, 1)]).unwrap();
+        assert_eq!(batch.positions, [0, 1, 2, 0, 1, 0, 1, 2, 0]);
+        assert_eq!(batch.pixels, [0.5; 4]);
+        assert_eq!(
+            batch.spans.iter().map(|s| batch.sides(s)).collect::<Vec<_>>(),
+            [[3, 2], [3, 1]]
+        );
+        assert_eq!((batch.matches(), batch.is_paired()), (vec![Some(0), Some(1)], true));
+    }
+
+    #[test]
+    fn images_without_a_text_belong_to_that_of_their_class() {
+        let prompts = [document(&[4], &[0], 0), document(&[5], &[0], 1)];
+        let images = [picture(&[], Some(1), 2), picture(&[], None, 3), picture(&[], Some(0), 4)];
+        let batch = Batch::new(&[&images[..], &prompts[..]].concat()).unwrap();
+        assert_eq!((batch.matches(), batch.is_paired()), (vec![Some(1), None, Some(0)], false));
+        assert_eq!(batch.num_labels(&crate::spec::Head::Pairs), 2);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::pass::{KeyValueCache, Pass};
 use crate::site::Site;
 use crate::spec::ModelSpec;
 use crate::weights::Weights;
-use tensor::Tensor;
+use tensor::{Int, Tensor, TensorData, activation};
 
 /// What a model computes for a batch.
 #[derive(Debug, Clone)]
@@ -22,6 +22,73 @@ pub enum Output {
     Classes(Tensor<2>),
     /// Document vectors, `[documents, width]`.
     Embeddings(Tensor<2>),
+    /// Vectors of the batch's images and of its texts.
+    Pairs(Pairs),
+}
+
+/// Vectors of images and of texts in one space.
+#[derive(Debug, Clone)]
+pub struct Pairs {
+    /// One row of length 1 per image, `[images, width]`.
+    pub images: Tensor<2>,
+    /// One row of length 1 per text, `[texts, width]`.
+    pub texts: Tensor<2>,
+    /// The factor on their products, `[1, 1]`.
+    pub scale: Tensor<2>,
+}
+
+impl Pairs {
+    /// Computes the scaled similarity of every image with every text.
+    ///
+    /// # Shapes
+    /// - returns: `[images, texts]`
+    pub fn similarities(&self) -> Tensor<2> {
+        self.images.clone().matmul(self.texts.clone().transpose()) * self.scale.clone()
+    }
+
+    /// Lays the vectors of paired images and texts beside each other, the factor on the images'.
+    ///
+    /// # Shapes
+    /// - returns: `[documents, 2 · width]`
+    ///
+    /// # Panics
+    /// If there are not as many texts as images.
+    pub fn documents(&self) -> Tensor<2> {
+        let images = self.images.clone() * self.scale.clone();
+        Tensor::cat(vec![images, self.texts.clone()], 1)
+    }
+
+    /// Computes the cross-entropy of each image with its text among the texts of `batch`, 0 where
+    /// it has none; where every document is a pair, the mean of that and of its text with the
+    /// image (Radford et al., 2021, arXiv 2103.00020).
+    ///
+    /// # Shapes
+    /// - returns: `[images]`
+    pub fn losses(&self, batch: &Batch) -> Tensor<1> {
+        let similarities = self.similarities();
+        let matches = batch.matches();
+        let of_images = cross_entropy(similarities.clone(), &matches);
+        if !batch.is_paired() {
+            return of_images;
+        }
+        (of_images + cross_entropy(similarities.transpose(), &matches)).mul_scalar(0.5)
+    }
+}
+
+/// Computes the cross-entropy of each row with its class, 0 where it has none.
+///
+/// # Shapes
+/// - `logits`: `[rows, classes]`
+/// - returns: `[rows]`
+pub fn cross_entropy(logits: Tensor<2>, classes: &[Option<usize>]) -> Tensor<1> {
+    let device = logits.clone().inner().device();
+    let count = classes.len();
+    let index: Vec<i32> = classes.iter().map(|c| c.unwrap_or(0) as i32).collect();
+    let counts: Vec<f32> = classes.iter().map(|c| f32::from(u8::from(c.is_some()))).collect();
+    let index = Tensor::<2, Int>::from_data(TensorData::new(index, [count, 1]), &device);
+    let counts = Tensor::<1>::from_data(TensorData::new(counts, [count]), &device);
+    let picked = activation::log_softmax(logits, 1).gather(1, index).reshape([count]);
+    picked.neg() * counts
 }
 
 /// An architecture, written once against [`Pass`].

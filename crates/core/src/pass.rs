@@ -102,14 +102,17 @@ impl<'a> Pass<'a> {
         mode: Mode,
     ) -> Result<Self> {
         batch.check(weights.spec(), changes.num_positions())?;
-        if weights.spec().decoder_start().is_some() && changes.reads_documents() {
+        let spec = weights.spec();
+        if (spec.has_sides() && changes.reads_documents())
+            || (spec.image().is_some() && !changes.of_input().is_empty())
+        {
             return Err(Error::Unsupported {
                 what: format!(
                     "virtual tokens, prefixes or changes across layers on {}",
                     weights.spec().class
                 ),
-                help: "on an encoder-decoder use a method that changes weights or states of \
-                       single tokens, e.g. lora or ia3"
+                help: "on this model use a method that changes weights or states of single \
+                       tokens, e.g. lora or ia3"
                     .to_owned(),
             });
         }
@@ -282,6 +285,48 @@ impl<'a> Pass<'a> {
         let weight = self.vector(&format!("{module}.weight"))?;
         let bias = self.bias(module)?;
         Ok(kernels::layer_norm(x, weight, bias, epsilon))
+    }
+
+    /// Projects the patches of the batch's images.
+    ///
+    /// # Shapes
+    /// - returns: `[patches, width]`, image by image
+    ///
+    /// # Errors
+    /// If the weight cannot be read, or the batch has no image.
+    pub fn patches(&mut self, module: &str) -> Result<Tensor<2>> {
+        let spec = Arc::clone(self.weights.spec());
+        let values = spec.image().map_or(0, crate::spec::ImageSpec::patch_values);
+        let pixels = self.batch.pixels.clone();
+        let Some(count) = pixels.len().checked_div(values).filter(|count| *count > 0) else {
+            return Err(Error::Input {
+                what: "the batch holds no image".to_owned(),
+                expected: "at least one".to_owned(),
+                found: "none".to_owned(),
+                help: "give this model rows with images".to_owned(),
+            });
+        };
+        let data = TensorData::new(pixels, [count, values]);
+        self.linear(module, Tensor::from_data(data, self.weights.device()))
+    }
+
+    /// Returns states that are a weight themselves, with its changes.
+    ///
+    /// # Shapes
+    /// - returns: `[rows, width]`
+    ///
+    /// # Errors
+    /// If the weight cannot be read.
+    pub fn constant(&mut self, name: &str, width: usize) -> Result<Tensor<2>> {
+        let width = width.max(1);
+        if self.changes.of_weight(name).is_empty() {
+            let values = self.weights.vector(name)?;
+            let rows = values.dims()[0] / width;
+            return Ok(values.reshape([rows, width]));
+        }
+        let matrix = self.changes.materialize(name, self.weights, &self.scope)?;
+        let [rows, columns] = matrix.dims();
+        Ok(matrix.reshape([rows * columns / width, width]))
     }
 
     /// Reads rows of a table.
@@ -651,7 +696,12 @@ fn index(rows: &[usize], device: &Device) -> Tensor<1, Int> {
     Tensor::from_data(TensorData::new(rows, [count]), device)
 }
 
-fn select(x: Tensor<2>, rows: &[usize]) -> Tensor<2> {
+/// Returns rows of `x`, in the order asked for.
+///
+/// # Shapes
+/// - `x`: `[rows of x, width]`
+/// - returns: `[rows, width]`
+pub fn select(x: Tensor<2>, rows: &[usize]) -> Tensor<2> {
     let index = index(rows, &x.clone().inner().device());
     x.select(0, index)
 }

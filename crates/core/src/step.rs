@@ -216,6 +216,7 @@ impl StepParts {
             vocabulary: 0,
             max_positions: 0,
             causal: true,
+            towers: Vec::new(),
             weights: Vec::new(),
             head: Head::Embedding,
             config: serde_json::Value::Null,

@@ -219,6 +219,7 @@ mod tests {
             vocabulary: 4,
             max_positions: 8,
             causal: true,
+            towers: Vec::new(),
             weights: vec![
                 weight("model.embed_tokens.weight", Kind::Embedding, Role::Embedding, None),
                 weight("model.layers.0.self_attn.q_proj.weight", linear, Role::Query, Some(0)),

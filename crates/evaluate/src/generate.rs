@@ -279,7 +279,7 @@ impl Decoder<'_> {
         let logits =
             self.tuned.evaluate(&batch, Some(self.cache), |pass, output| match output {
                 Output::States(states) => Ok(logit_rows(pass.logits(&states, &last)?)),
-                Output::Classes(_) | Output::Embeddings(_) => Err(no_states()),
+                Output::Classes(_) | Output::Embeddings(_) | Output::Pairs(_) => Err(no_states()),
             })?;
         let mut stops = Vec::with_capacity(running.len());
         for (sequence, mut logits) in running.iter_mut().zip(logits) {

@@ -28,6 +28,7 @@ pub(crate) fn lay(pieces: &[Piece<'_>]) -> Batch {
             .iter()
             .flat_map(|piece| piece.start..piece.start + piece.tokens.len())
             .collect(),
+        pixels: Vec::new(),
         token_types: None,
         targets: vec![None; tokens.len()],
         classes: vec![None; pieces.len()],

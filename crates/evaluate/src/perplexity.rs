@@ -148,7 +148,7 @@ pub fn documents(
         check_targets(&batch, tuned)?;
         let losses = tuned.evaluate(&batch, None, |pass, output| match output {
             Output::States(states) => Ok(to_vec(pass.token_losses(states)?.inner())),
-            Output::Classes(_) | Output::Embeddings(_) => Err(no_states()),
+            Output::Classes(_) | Output::Embeddings(_) | Output::Pairs(_) => Err(no_states()),
         })?;
         for ((row, predicted, _), range) in parts.iter().zip(rows) {
             let sum: f64 = losses[range].iter().map(|loss| f64::from(*loss)).sum();

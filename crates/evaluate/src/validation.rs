@@ -5,7 +5,7 @@ use crate::metrics::accuracy;
 use crate::sampling::likeliest;
 use crate::{Error, Result};
 use retune_core::batch::Batch;
-use retune_core::model::{Output, Tuned};
+use retune_core::model::{Output, Pairs, Tuned};
 use retune_core::parameters::to_vec;
 use retune_core::pass::logit_rows;
 
@@ -70,6 +70,11 @@ pub fn validate<'b>(
                 classified.extend(answers);
                 Ok(loss)
             }
+            Output::Pairs(pairs) => {
+                classified.extend(read_pairs(batch, &pairs)?);
+                let losses = to_vec(pairs.losses(batch).inner());
+                Ok(losses.iter().map(|loss| f64::from(*loss)).sum())
+            }
             Output::Embeddings(_) => Err(unsupported("a loss", "document vectors")),
         })?;
     }
@@ -100,6 +105,7 @@ pub fn classify<'b>(
     for batch in batches {
         list.extend(tuned.evaluate(batch, None, |_, output| match output {
             Output::Classes(logits) => read_classes(batch, logit_rows(logits)),
+            Output::Pairs(pairs) => read_pairs(batch, &pairs),
             Output::States(_) => Err(unsupported("classes", "next-token states")),
             Output::Embeddings(_) => Err(unsupported("classes", "document vectors")),
         })?);
@@ -121,6 +127,7 @@ pub fn embed<'b>(
             Output::Embeddings(vectors) => Ok(logit_rows(vectors)),
             Output::States(_) => Err(unsupported("vectors", "next-token states")),
             Output::Classes(_) => Err(unsupported("vectors", "classes")),
+            Output::Pairs(_) => Err(unsupported("one vector", "pairs of them")),
         })?;
         list.extend(batch.rows.iter().copied().zip(vectors));
     }
@@ -128,7 +135,25 @@ pub fn embed<'b>(
 }
 
 fn read_classes(batch: &Batch, rows: Vec<Vec<f32>>) -> Result<Vec<Classified>> {
-    let answers = rows.into_iter().zip(&batch.classes).zip(&batch.rows);
+    read_answers(rows, &batch.classes, &batch.rows)
+}
+
+/// Reads which of the batch's texts each of its images is most like.
+fn read_pairs(batch: &Batch, pairs: &Pairs) -> Result<Vec<Classified>> {
+    let labels: Vec<Option<u32>> =
+        batch.matches().into_iter().map(|text| text.map(|text| text as u32)).collect();
+    let is_image = |(span, _): &(std::ops::Range<usize>, &usize)| batch.sides(span.clone())[0] > 0;
+    let rows: Vec<usize> =
+        batch.spans.iter().zip(&batch.rows).filter(is_image).map(|(_, row)| *row).collect();
+    read_answers(logit_rows(pairs.similarities()), &labels, &rows)
+}
+
+fn read_answers(
+    logits: Vec<Vec<f32>>,
+    labels: &[Option<u32>],
+    rows: &[usize],
+) -> Result<Vec<Classified>> {
+    let answers = logits.into_iter().zip(labels).zip(rows);
     answers
         .map(|((logits, label), row)| {
             let (class, highest) = likeliest(&logits)?;

@@ -25,7 +25,7 @@ pub fn peft_config(peft_type: &str, spec: &ModelSpec) -> Map<String, Value> {
     let task = match spec.head {
         Head::Language { .. } => "CAUSAL_LM",
         Head::Classes { .. } => "SEQ_CLS",
-        Head::Embedding => "FEATURE_EXTRACTION",
+        Head::Embedding | Head::Pairs => "FEATURE_EXTRACTION",
     };
     let mut map = Map::new();
     for (key, value) in [

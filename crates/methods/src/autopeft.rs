@@ -25,7 +25,7 @@ use crate::registry;
 use crate::state::block::{Ends, Nonlinearity, Plan, Shape};
 use crate::state::prompt::{self, Prompt};
 use crate::state::sublayer::{Adapter, Extra, Insertion};
-use crate::state::{Form, Made, Slot, Start, StateMethod, kaiming, layers};
+use crate::state::{Form, Made, Needs, Slot, Start, StateMethod, kaiming, layers};
 
 choice! {
     /// Which sub-layers have a bottleneck.
@@ -253,6 +253,10 @@ impl StateMethod for AutoPeft {
         options: registry::specs::<Self>,
     };
     const PEFT_TYPE: &'static str = "AUTOPEFT";
+
+    fn needs(&self) -> Needs {
+        if self.prompt.tokens > 0 { Needs::Words } else { Needs::OneStack }
+    }
 
     fn promises(&self) -> Promises {
         let at_base = |options: &BottleneckOptions, usual: Residual| {

@@ -12,7 +12,7 @@ use tensor::{Tensor, TensorData};
 use crate::registry;
 use crate::state::keys::Keys;
 use crate::state::prompt::{self, Prompt, for_each};
-use crate::state::{FileTensors, Form, Made, Slot, Start, StateMethod, planned};
+use crate::state::{FileTensors, Form, Made, Needs, Slot, Start, StateMethod, planned};
 
 options! {
     /// Trains bounded shifts of the embeddings of a context of examples before every text.
@@ -66,6 +66,10 @@ impl StateMethod for Cpt {
     };
     const PEFT_TYPE: &'static str = "CPT";
     const BESIDE: &'static str = prompt::BESIDE;
+
+    fn needs(&self) -> Needs {
+        Needs::Words
+    }
 
     fn promises(&self) -> Promises {
         Promises { starts_at_base: false, ..Promises::default() }

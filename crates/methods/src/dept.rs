@@ -10,7 +10,7 @@ use tensor::{Int, Tensor, TensorData};
 
 use crate::registry;
 use crate::state::prompt::{self, Prompt};
-use crate::state::{Form, Made, Slot, Start, StateMethod, kaiming};
+use crate::state::{Form, Made, Needs, Slot, Start, StateMethod, kaiming};
 
 options! {
     /// Trains a short prompt and a low-rank table of offsets, one row for each place in a text.
@@ -71,6 +71,10 @@ impl StateMethod for Dept {
     };
     const PEFT_TYPE: &'static str = "DEPT";
     const BESIDE: &'static str = prompt::BESIDE;
+
+    fn needs(&self) -> Needs {
+        Needs::Words
+    }
 
     fn promises(&self) -> Promises {
         Promises { starts_at_base: self.tokens == 0, ..Promises::default() }

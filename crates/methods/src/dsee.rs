@@ -230,9 +230,12 @@ impl Dsee {
                     help: "prune fewer".to_owned(),
                 });
             }
-            if spec.weights.iter().any(|weight| weight.role == Role::QueryKeyValue) {
+            let fused = spec.weights.iter().any(|weight| weight.role == Role::QueryKeyValue);
+            if fused || spec.towers.len() > 1 {
                 return Err(Error::Unsupported {
-                    what: "pruning heads whose queries, keys and values are one matrix".to_owned(),
+                    what: "pruning heads whose queries, keys and values are one matrix, or whose \
+                           number differs from block to block"
+                        .to_owned(),
                     help: "set `prune` to \"weights\"".to_owned(),
                 });
             }

@@ -186,8 +186,14 @@ impl Hft {
     /// Returns whether a weight is one the draw decides on or one that always trains.
     fn is_candidate(&self, weight: &WeightSpec) -> bool {
         match weight.role {
-            Role::Embedding | Role::Position | Role::TokenType => self.options.train_embeddings,
-            Role::Head | Role::Pooler => self.options.train_head,
+            Role::Embedding
+            | Role::Position
+            | Role::TokenType
+            | Role::Patches
+            | Role::ClassToken => self.options.train_embeddings,
+            Role::Head | Role::Pooler | Role::Projection | Role::LogitScale => {
+                self.options.train_head
+            }
             Role::Norm if weight.layer.is_none() => self.options.train_head,
             _ => true,
         }

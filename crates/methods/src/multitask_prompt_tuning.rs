@@ -12,7 +12,7 @@ use tensor::Tensor;
 use crate::registry;
 use crate::state::keys::{Keys, TASK};
 use crate::state::prompt;
-use crate::state::{Form, Made, Slot, Start, StateMethod};
+use crate::state::{Form, Made, Needs, Slot, Start, StateMethod};
 
 options! {
     /// Trains a prompt that all tasks share, and a low-rank factor on it for each task.
@@ -45,6 +45,10 @@ impl StateMethod for MultitaskPromptTuning {
     };
     const PEFT_TYPE: &'static str = "MULTITASK_PROMPT_TUNING";
     const BESIDE: &'static str = prompt::BESIDE;
+
+    fn needs(&self) -> Needs {
+        Needs::Words
+    }
 
     fn promises(&self) -> Promises {
         Promises { starts_at_base: false, ..Promises::default() }

@@ -13,7 +13,7 @@ use tensor::{Tensor, activation};
 use crate::registry;
 use crate::state::keys::Keys;
 use crate::state::prompt::{self, Prompt, for_each};
-use crate::state::{FileTensors, Form, Made, Slot, Start, StateMethod, kaiming, planned};
+use crate::state::{FileTensors, Form, Made, Needs, Slot, Start, StateMethod, kaiming, planned};
 
 choice! {
     /// The network that makes the prompt.
@@ -103,6 +103,10 @@ impl StateMethod for PTuning {
     };
     const PEFT_TYPE: &'static str = "P_TUNING";
     const BESIDE: &'static str = prompt::BESIDE;
+
+    fn needs(&self) -> Needs {
+        Needs::Words
+    }
 
     fn promises(&self) -> Promises {
         Promises { starts_at_base: false, ..Promises::default() }

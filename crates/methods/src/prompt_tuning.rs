@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use crate::registry;
 use crate::state::keys::Keys;
 use crate::state::prompt::{self, Prompt};
-use crate::state::{Form, Made, Slot, StateMethod};
+use crate::state::{Form, Made, Needs, Slot, StateMethod};
 
 options! {
     /// Trains vectors that stand before the words of every text.
@@ -37,6 +37,10 @@ impl StateMethod for PromptTuning {
     };
     const PEFT_TYPE: &'static str = "PROMPT_TUNING";
     const BESIDE: &'static str = prompt::BESIDE;
+
+    fn needs(&self) -> Needs {
+        Needs::Words
+    }
 
     fn promises(&self) -> Promises {
         Promises { starts_at_base: false, ..Promises::default() }

@@ -15,14 +15,14 @@ use tensor::Tensor;
 
 use crate::adapter::PREFIX;
 use crate::registry;
-use crate::state::{Form, Made, Slot, Start, StateMethod};
+use crate::state::{Form, Made, Needs, Slot, Start, StateMethod};
 
 choice! {
     /// Which operations are scaled and shifted.
     pub enum Places {
-        /// Linear layers and norms.
+        /// Linear layers, the projection of patches, and norms.
         All = "all",
-        /// Linear layers only.
+        /// Linear layers and the projection of patches only.
         Linear = "linear",
         /// Norms only.
         Norm = "norm",
@@ -85,7 +85,7 @@ impl Ssf {
         let takes = |weight: &&WeightSpec| match (weight.kind, self.places) {
             // A head is new or tied, and a pooler belongs to it.
             _ if matches!(weight.role, Role::Head | Role::Pooler) => false,
-            (Kind::Linear { .. }, places) => places != Places::Norm,
+            (Kind::Linear { .. } | Kind::Convolution, places) => places != Places::Norm,
             (Kind::Norm, places) => places != Places::Linear,
             _ => false,
         };
@@ -96,7 +96,7 @@ impl Ssf {
                 Shift::Never => false,
                 Shift::WhereFolds => bias.is_some(),
                 // A norm without bias has no place for a shift in any checkpoint.
-                Shift::Always => bias.is_some() || weight.is_linear(),
+                Shift::Always => bias.is_some() || weight.kind != Kind::Norm,
             };
             Operation { weight, bias, shifts }
         };
@@ -126,6 +126,10 @@ impl StateMethod for Ssf {
 
     fn promises(&self) -> Promises {
         Promises { starts_at_base: self.deviation == 0.0, ..Promises::default() }
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::Nothing
     }
 
     fn examples() -> &'static [&'static str] {

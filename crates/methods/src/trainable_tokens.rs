@@ -1,6 +1,6 @@
 //! Trainable tokens: a few rows of the embedding train.
 
-use retune_core::method::Card;
+use retune_core::method::{Card, Promises, Refusal};
 use retune_core::random::Random;
 use retune_core::spec::{Kind, ModelSpec, Role};
 use retune_core::targets::Among;
@@ -84,6 +84,14 @@ impl WeightMethod for TrainableTokensOptions {
         let rows = self.token_indices.iter().flat_map(row).collect();
         let tokens = TrainableTokens { ids: self.token_indices.clone() };
         Ok(Built::new(tokens).computed(vec![Values::Floats(rows)]))
+    }
+
+    fn promises(&self) -> Promises {
+        let refusal = Refusal {
+            models: "that read no words",
+            applies: |spec| spec.weights.iter().all(|weight| weight.role != Role::Embedding),
+        };
+        Promises { refuses: Some(refusal), ..Promises::default() }
     }
 
     fn default_targets(&self, spec: &ModelSpec) -> Vec<String> {

@@ -454,6 +454,7 @@ mod tests {
             vocabulary: 10,
             max_positions: 2048,
             causal: true,
+            towers: Vec::new(),
             weights: Vec::new(),
             head: Head::Embedding,
             config: serde_json::Value::Null,

@@ -191,6 +191,7 @@ fn encoder(config: &Config, family: Family) -> Result<Box<dyn Model>> {
         vocabulary,
         max_positions: positions - family.first_position,
         causal: false,
+        towers: Vec::new(),
         weights: weights.0,
         head,
         config: config.value().clone(),

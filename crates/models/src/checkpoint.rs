@@ -10,7 +10,7 @@ use crate::folder::{FolderSource, read_config};
 use crate::fresh::FreshHead;
 use crate::gguf::{self, GgufSource, GgufTokenizer};
 use crate::heads::{Task, for_task};
-use crate::t5;
+use crate::{t5, vit};
 use retune_core::model::Model;
 use retune_core::random::Seed;
 use retune_core::spec::{ModelSpec, WeightSpec};
@@ -124,6 +124,7 @@ pub fn open_for(path: &Path, task: &Task, seed: Seed) -> Result<Checkpoint> {
         let config = read_config(path)?;
         let tensors = Safetensors::open(path)?;
         let config = t5::with_own_head(config, tensors.get("lm_head.weight").is_some());
+        let config = vit::with_pooler(config, tensors.get("pooler.dense.weight").is_some());
         (Files::Folder(tensors), config)
     } else if is_gguf {
         let file = GgufFile::open(path)?;

@@ -38,6 +38,12 @@ impl Config {
         self
     }
 
+    /// Returns a configuration from the same place that says nothing.
+    #[must_use]
+    pub fn emptied(&self) -> Self {
+        Self { path: self.path.clone(), value: Value::Object(serde_json::Map::new()) }
+    }
+
     /// Returns the whole configuration.
     pub fn value(&self) -> &Value {
         &self.value

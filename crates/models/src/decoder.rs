@@ -177,6 +177,7 @@ impl Decoder {
             vocabulary,
             max_positions: family.max_positions,
             causal: true,
+            towers: Vec::new(),
             weights: weights.0,
             head,
             config: config.value().clone(),

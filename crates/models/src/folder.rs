@@ -50,7 +50,7 @@ impl FolderSource {
     /// Opens the safetensors of a folder for a model. Reads no weights.
     ///
     /// A checkpoint of the bare model lacks what stands before its names in a class with a head
-    /// (`bert.`, `model.`, `transformer.`), and the other way round; it is added or taken away
+    /// (`bert.`, `model.`, `transformer.`, `vit.`), and the other way round; it is added or taken away
     /// where that makes the names fit.
     ///
     /// # Errors
@@ -62,7 +62,7 @@ impl FolderSource {
     /// Takes the safetensors of a folder for a model, as [`FolderSource::open`].
     pub fn new(tensors: Safetensors, spec: &ModelSpec) -> Self {
         let mut ways = vec![Prefix::Same];
-        for prefix in ["model.", "bert.", "transformer."] {
+        for prefix in ["model.", "bert.", "transformer.", "vit."] {
             ways.extend([Prefix::Add(prefix), Prefix::Strip(prefix)]);
         }
         let rename = |way: Prefix| -> BTreeMap<String, String> {

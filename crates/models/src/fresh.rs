@@ -1,4 +1,5 @@
-//! A new head on a checkpoint that has none for the task.
+//! Weights drawn from a seed: those of a new model, or a new head on a checkpoint that has none for
+//! the task.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,19 +8,59 @@ use crate::config::Config;
 use retune_core::Result;
 use retune_core::kernels::matrix::SharedBytes;
 use retune_core::random::Seed;
-use retune_core::spec::{Kind, ModelSpec, Role};
+use retune_core::spec::{Kind, ModelSpec, Role, WeightSpec};
 use retune_core::weights::{Stored, WeightSource};
 
+/// How a model's weights begin: matrices are drawn from `N(0, initializer_range²)` in a stream named
+/// after the weight, biases are 0 and gains 1, as the Hugging Face classes begin.
+#[derive(Debug, Clone, Copy)]
+pub struct Beginning {
+    deviation: f64,
+    /// The gain of a norm as it is stored.
+    gain: f32,
+    /// The factor on similarities, as a logarithm.
+    logit_scale: f32,
+    seed: Seed,
+}
+
+impl Beginning {
+    /// Reads how the weights of a model begin.
+    ///
+    /// # Errors
+    /// If `initializer_range` is impossible.
+    pub fn read(config: &Config, spec: &ModelSpec, seed: Seed) -> Result<Self> {
+        // CLIP's publication begins at a temperature of 0.07.
+        let logit_scale = config.number("logit_scale_init_value")?.unwrap_or(2.6592);
+        Ok(Self {
+            deviation: config.positive("initializer_range")?.unwrap_or(0.02),
+            gain: 1.0 - spec.norm_offset() as f32,
+            logit_scale: logit_scale as f32,
+            seed,
+        })
+    }
+
+    /// Makes a weight's first values, in its logical shape.
+    pub fn values(&self, weight: &WeightSpec) -> Vec<f32> {
+        let mut values = vec![0.0; weight.count()];
+        match (weight.kind, weight.role) {
+            (Kind::Bias, _) => {}
+            (Kind::Norm, _) => values.fill(self.gain),
+            (_, Role::LogitScale) => values.fill(self.logit_scale),
+            _ => {
+                let mut random = self.seed.stream(&format!("new weight {}", weight.name), &[]);
+                random.fill_normal(&mut values, self.deviation);
+            }
+        }
+        values
+    }
+}
+
 /// A checkpoint with freshly drawn weights where it has none.
-///
-/// Matrices are drawn from `N(0, initializer_range²)` in a stream named after the weight, biases
-/// are zero, as the Hugging Face classes begin.
 #[derive(Debug)]
 pub struct FreshHead {
     checkpoint: Arc<dyn WeightSource>,
-    /// Shape and standard deviation by name.
-    fresh: BTreeMap<String, (Vec<usize>, f64)>,
-    seed: Seed,
+    fresh: BTreeMap<String, WeightSpec>,
+    beginning: Beginning,
 }
 
 impl FreshHead {
@@ -37,7 +78,7 @@ impl FreshHead {
         keep: bool,
         seed: Seed,
     ) -> Result<Self> {
-        let deviation = config.positive("initializer_range")?.unwrap_or(0.02);
+        let beginning = Beginning::read(config, spec, seed)?;
         let fresh = spec
             .weights
             .iter()
@@ -46,12 +87,9 @@ impl FreshHead {
                 (Role::Head | Role::Pooler, None) => true,
                 _ => false,
             })
-            .map(|weight| {
-                let deviation = if weight.kind == Kind::Bias { 0.0 } else { deviation };
-                (weight.name.clone(), (weight.shape.clone(), deviation))
-            })
+            .map(|weight| (weight.name.clone(), weight.clone()))
             .collect();
-        Ok(Self { checkpoint, fresh, seed })
+        Ok(Self { checkpoint, fresh, beginning })
     }
 
     /// Returns the names of the new weights, sorted.
@@ -71,7 +109,7 @@ impl WeightSource for FreshHead {
 
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
         match self.fresh.get(name) {
-            Some((shape, _)) => Some(shape.clone()),
+            Some(weight) => Some(weight.shape.clone()),
             None => self.checkpoint.shape(name),
         }
     }
@@ -81,14 +119,9 @@ impl WeightSource for FreshHead {
     }
 
     fn read(&self, name: &str) -> Result<Stored> {
-        let Some((shape, deviation)) = self.fresh.get(name) else {
-            return self.checkpoint.read(name);
-        };
-        let mut values = vec![0.0; shape.iter().product()];
-        if *deviation > 0.0 {
-            let mut random = self.seed.stream(&format!("new weight {name}"), &[]);
-            random.fill_normal(&mut values, *deviation);
+        match self.fresh.get(name) {
+            Some(weight) => Ok(Stored::Values(self.beginning.values(weight))),
+            None => self.checkpoint.read(name),
         }
-        Ok(Stored::Values(values))
     }
 }

@@ -92,6 +92,7 @@ pub(crate) fn gpt2(config: &Config) -> Result<Box<dyn Model>> {
         vocabulary,
         max_positions: positions,
         causal: true,
+        towers: Vec::new(),
         weights: weights.0,
         head,
         config: config.value().clone(),

@@ -137,6 +137,12 @@ fn unnamed(labels: &[String]) -> bool {
 /// [`Error::Setting`] if the labels are fewer than two, or one is there twice.
 pub(crate) fn for_task(config: Config, classes: &Classes, task: &Task) -> Result<(Config, bool)> {
     let Some(class) = classes.class_for(task) else { return Ok((config, true)) };
+    if class.is_empty() {
+        return Err(Error::Unsupported {
+            what: format!("a head of classes on {}", classes.bare),
+            help: "its classes are texts: give the data a prompt for them".to_owned(),
+        });
+    }
     let Task::Classify { labels: wanted } = task else {
         return Ok((config.with("architectures", json!([class])), true));
     };
@@ -210,7 +216,9 @@ pub(crate) fn decoder_output(pass: &mut Pass<'_>, head: &Head, x: Tensor<2>) -> 
             let last = pool(pass, x, Pooling::Last)?;
             Ok(Output::Classes(pass.linear("score", last)?))
         }
-        Head::Embedding => Ok(Output::Embeddings(unit_rows(pool(pass, x, Pooling::Last)?))),
+        Head::Embedding | Head::Pairs => {
+            Ok(Output::Embeddings(unit_rows(pool(pass, x, Pooling::Last)?)))
+        }
     }
 }
 

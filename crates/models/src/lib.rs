@@ -12,9 +12,12 @@
 //! | GPT-2 | language, classes, embedding | folder |
 //! | BERT, RoBERTa, XLM-RoBERTa | classes, embedding | folder |
 //! | T5 1.0 and 1.1 | encoder-decoder | folder |
+//! | ViT | classes, embedding | folder |
+//! | CLIP | images beside texts | folder |
 
 mod bert;
 mod checkpoint;
+mod clip;
 pub mod config;
 mod decoder;
 pub mod export;
@@ -31,11 +34,13 @@ mod qwen2;
 mod qwen3;
 mod rope;
 mod t5;
+mod tower;
+mod vit;
 mod weight_list;
 
 pub use checkpoint::{Checkpoint, FileKind, open, open_for};
 pub use folder::{FolderSource, read_config};
-pub use fresh::FreshHead;
+pub use fresh::{Beginning, FreshHead};
 pub use heads::Task;
 
 use config::Config;
@@ -64,6 +69,8 @@ const FAMILIES: &[Family] = &[
     Family { kind: "roberta", classes: bert::ROBERTA, build: bert::roberta },
     Family { kind: "xlm-roberta", classes: bert::XLM_ROBERTA, build: bert::xlm_roberta },
     Family { kind: "t5", classes: t5::T5, build: t5::t5 },
+    Family { kind: "vit", classes: vit::VIT, build: vit::vit },
+    Family { kind: "clip", classes: clip::CLIP, build: clip::clip },
 ];
 
 /// Returns every `model_type` that can be built.

@@ -169,6 +169,7 @@ pub(crate) fn t5(config: &Config) -> Result<Box<dyn Model>> {
         // Both sides of a document count; distances beyond the last bucket share it.
         max_positions: 2 * config.optional_side("n_positions")?.unwrap_or(512),
         causal: true,
+        towers: Vec::new(),
         weights: weights.0,
         head: Head::Language { weight, bias: None, soft_cap: None },
         config: config.value().clone(),

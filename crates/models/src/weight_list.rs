@@ -57,6 +57,20 @@ impl WeightList {
         }
     }
 
+    /// Adds the kernel of a convolution that steps by its own size, with its bias if it has one.
+    pub(crate) fn convolution(&mut self, module: &str, shape: [usize; 4], bias: bool) {
+        let name = format!("{module}.weight");
+        self.add(name, &shape, Kind::Convolution, Role::Patches, None);
+        if bias {
+            self.add(format!("{module}.bias"), &shape[..1], Kind::Bias, Role::Patches, None);
+        }
+    }
+
+    /// Adds states that are a weight themselves.
+    pub(crate) fn constant(&mut self, name: &str, shape: &[usize], role: Role) {
+        self.add(name.to_owned(), shape, Kind::Constant, role, None);
+    }
+
     /// Adds an embedding.
     pub(crate) fn embedding(&mut self, module: &str, rows: usize, width: usize, role: Role) {
         self.add(format!("{module}.weight"), &[rows, width], Kind::Embedding, role, None);

@@ -29,6 +29,7 @@ fn batch(parts: &[Part<'_>]) -> Batch {
     Batch {
         spans: Spans::from_lengths(parts.iter().map(|(ids, _)| ids.len())),
         positions: parts.iter().flat_map(|(ids, start)| *start..start + ids.len()).collect(),
+        pixels: Vec::new(),
         token_types: None,
         targets: vec![None; tokens.len()],
         classes: vec![None; parts.len()],

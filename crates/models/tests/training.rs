@@ -33,6 +33,7 @@ fn run(config: &Value, mode: Mode) -> Vec<f32> {
         Output::States(rows) | Output::Classes(rows) | Output::Embeddings(rows) => {
             to_vec(rows.inner())
         }
+        Output::Pairs(pairs) => to_vec(pairs.similarities().inner()),
     }
 }
 

@@ -10,13 +10,12 @@ use retune_core::change::Changes;
 use retune_core::model::Tuned;
 use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
-use retune_data::tokenizer::Tokenizer;
 use retune_files::Dtype;
 use retune_methods::adapter::Adapter;
 
 use crate::card::{Derived, derived_card};
 use crate::error::Result;
-use crate::export::{merged, write_weights};
+use crate::export::{Beside, merged, write_weights};
 use crate::open::{Opened, check_base};
 
 /// Changes of the weights, and what they are multiplied by.
@@ -36,7 +35,7 @@ pub fn write_composed(
     opened: &Opened,
     base: &str,
     adapters: &[(PathBuf, f64)],
-    tokenizer: Option<&Tokenizer>,
+    beside: &Beside,
     force: bool,
     output: &Path,
 ) -> Result<()> {
@@ -74,7 +73,7 @@ pub fn write_composed(
         facts: &facts,
     });
     let all: Vec<&Tuned<'_>> = tuned.iter().map(|(tuned, _)| tuned).collect();
-    write_weights(&all, model.spec(), tokenizer, Dtype::F32, &card, output, |weight| {
+    write_weights(&all, model.spec(), beside, Dtype::F32, &card, output, |weight| {
         let base = weights.values(&weight.name)?;
         let mut sum = base.clone();
         for (tuned, factor) in &tuned {

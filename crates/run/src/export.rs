@@ -29,6 +29,34 @@ pub fn merged(tuned: &Tuned<'_>, weight: &WeightSpec) -> retune_core::Result<Vec
     Ok(to_vec(tuned.changes.materialize(&weight.name, tuned.weights, &scope)?.inner()))
 }
 
+/// Files that lie beside a model's weights: its tokenizer's, and what its pictures go through.
+#[derive(Debug, Clone, Default)]
+pub struct Beside(Vec<(String, Vec<u8>)>);
+
+impl Beside {
+    /// Collects those of the model at `path`.
+    ///
+    /// # Errors
+    /// If the tokenizer cannot be written, or a file cannot be read.
+    pub fn of(path: &Path, tokenizer: Option<&Tokenizer>) -> Result<Self> {
+        let files = tokenizer.map(Tokenizer::to_folder_files).transpose()?.unwrap_or_default();
+        let mut found: Vec<(String, Vec<u8>)> =
+            files.into_iter().map(|(name, text)| (name.to_owned(), text.into_bytes())).collect();
+        let name = retune_data::image::transform::FILE;
+        let path = path.join(name);
+        if path.is_file() {
+            let bytes = std::fs::read(&path).map_err(|error| Error::io(&path, "read", error))?;
+            found.push((name.to_owned(), bytes));
+        }
+        Ok(Self(found))
+    }
+
+    /// Returns names and contents.
+    pub fn files(self) -> Vec<(String, Vec<u8>)> {
+        self.0
+    }
+}
+
 /// Refuses changes that cannot be merged into weights.
 pub(crate) fn check_mergeable(tuned: &Tuned<'_>) -> Result<()> {
     match tuned.changes.unmergeable() {
@@ -49,7 +77,8 @@ pub(crate) fn check_mergeable(tuned: &Tuned<'_>) -> Result<()> {
 /// If the disk is full; nothing half-written is left.
 pub fn write_folder(prepared: &Prepared, tuned: &Tuned<'_>, path: &Path) -> Result<()> {
     let card = crate::card::model_card(prepared);
-    write_merged(tuned, Some(&prepared.tokenizer), Dtype::F32, &card, path)
+    let beside = Beside::of(&prepared.located.path, prepared.tokenizer.as_ref())?;
+    write_merged(tuned, &beside, Dtype::F32, &card, path)
 }
 
 /// Writes a tuned model as a Hugging Face folder.
@@ -58,12 +87,12 @@ pub fn write_folder(prepared: &Prepared, tuned: &Tuned<'_>, path: &Path) -> Resu
 /// If a change cannot be merged, the folder exists, or the disk is full.
 pub fn write_merged(
     tuned: &Tuned<'_>,
-    tokenizer: Option<&Tokenizer>,
+    beside: &Beside,
     dtype: Dtype,
     card: &str,
     path: &Path,
 ) -> Result<()> {
-    write_weights(&[tuned], tuned.model.spec(), tokenizer, dtype, card, path, |weight| {
+    write_weights(&[tuned], tuned.model.spec(), beside, dtype, card, path, |weight| {
         merged(tuned, weight)
     })
 }
@@ -75,7 +104,7 @@ pub fn write_merged(
 pub fn write_weights(
     tuned: &[&Tuned<'_>],
     spec: &ModelSpec,
-    tokenizer: Option<&Tokenizer>,
+    beside: &Beside,
     dtype: Dtype,
     card: &str,
     path: &Path,
@@ -84,10 +113,7 @@ pub fn write_weights(
     for tuned in tuned {
         check_mergeable(tuned)?;
     }
-    let mut others: Vec<(String, Vec<u8>)> = Vec::new();
-    for (name, text) in tokenizer.map(Tokenizer::to_folder_files).transpose()?.unwrap_or_default() {
-        others.push((name.to_owned(), text.into_bytes()));
-    }
+    let mut others = beside.0.clone();
     others.push(("README.md".to_owned(), card.as_bytes().to_vec()));
     Ok(retune_models::export::write_folder(path, spec, dtype, SHARD_BYTES, &others, values)?)
 }

@@ -15,6 +15,8 @@ pub mod execute;
 pub mod export;
 pub mod extract;
 pub mod folder;
+pub mod images;
+pub mod init;
 pub mod measure;
 pub mod open;
 pub mod plan;

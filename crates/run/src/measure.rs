@@ -57,8 +57,9 @@ pub struct Measure<'a> {
 /// If a row cannot be read again.
 pub fn answers_seen(train: &Subset) -> Result<Vec<String>> {
     let mut seen = std::collections::BTreeSet::new();
+    let Some(dataset) = train.dataset.texts() else { return Ok(Vec::new()) };
     for row in &train.rows {
-        if let Some(answer) = train.dataset.example(*row)?.0.answer() {
+        if let Some(answer) = dataset.example(*row)?.0.answer() {
             seen.insert(answer.trim().to_owned());
         }
         if seen.len() > 64 {
@@ -88,9 +89,10 @@ impl Measure<'_> {
     /// If the template refuses a conversation.
     pub fn questions(&self) -> Result<Vec<Question>> {
         let mut questions = Vec::new();
+        let Some(dataset) = self.rows.dataset.texts() else { return Ok(questions) };
         for row in self.rows.rows.iter().take(self.options.rows) {
-            let example = self.rows.dataset.example(*row)?.0;
-            let preparer = self.rows.dataset.preparer();
+            let example = dataset.example(*row)?.0;
+            let preparer = dataset.preparer();
             let Some(question) = preparer.question(&example)? else { continue };
             questions.push(Question {
                 tokens: question.prompt,
@@ -155,7 +157,8 @@ impl Measure<'_> {
     }
 
     fn answer(&self, tuned: &Tuned<'_>, questions: &[Question]) -> Result<Vec<String>> {
-        let preparer = self.rows.dataset.preparer();
+        let Some(dataset) = self.rows.dataset.texts() else { return Ok(Vec::new()) };
+        let preparer = dataset.preparer();
         let prompts = questions
             .iter()
             .enumerate()
@@ -182,7 +185,10 @@ impl Measure<'_> {
         tuned: &Tuned<'_>,
         questions: &[Question],
     ) -> Result<[(&'static str, Vec<f64>); 2]> {
-        let tokenizer = self.rows.dataset.preparer().tokenizer();
+        let Some(dataset) = self.rows.dataset.texts() else {
+            return Ok([("acc", Vec::new()), ("acc_norm", Vec::new())]);
+        };
+        let tokenizer = dataset.preparer().tokenizer();
         let choices: Vec<Vec<u32>> = self
             .choices
             .iter()

@@ -157,7 +157,7 @@ impl Plan {
             num_trainable: method.num_trainable(),
             trained_bytes: method.num_trainable() * 4,
             data: PlannedData {
-                understood: splits.train.dataset.shaper().statement().to_owned(),
+                understood: splits.train.dataset.statement(),
                 num_train: splits.train.len(),
                 num_validation: splits.validation.as_ref().map_or(0, crate::rows::Subset::len),
                 num_test: splits.test.as_ref().map_or(0, crate::rows::Subset::len),
@@ -206,8 +206,15 @@ impl Plan {
         ));
         take(&format!("{} {:?}", self.num_steps, recipe.compute.arithmetic));
         take(&format!("{:?} {}", recipe.compute.weights, self.forecast.recompute));
+        if let Some(images) = splits.train.dataset.images() {
+            hasher.update(images.settings());
+            for row in &splits.train.rows {
+                hasher.update(images.fingerprint(*row).to_le_bytes());
+            }
+            return Ok(format!("{:x}", hasher.finalize()));
+        }
         for row in 0..splits.train.len() {
-            let document = splits.train.document(row)?;
+            let document = splits.train.document(row, None)?;
             let bytes: Vec<u8> = document
                 .tokens
                 .iter()

@@ -9,6 +9,7 @@ use crate::recipe::{EvaluationKind, Recipe};
 use crate::rows::{Rows, Splits, Subset, TrainBatches};
 use retune_core::names::nearest_list;
 use retune_core::random::Seed;
+use retune_core::spec::Head;
 use retune_data::labels::Labels;
 use retune_data::template::Date;
 use retune_data::tokenizer::Tokenizer;
@@ -21,8 +22,8 @@ pub struct Prepared {
     pub recipe: Recipe,
     /// How the model was found.
     pub located: Located,
-    /// Its tokenizer.
-    pub tokenizer: Tokenizer,
+    /// Its tokenizer; nothing for models that read no text.
+    pub tokenizer: Option<Tokenizer>,
     /// Its weights.
     pub opened: Opened,
     /// The rows.
@@ -45,28 +46,32 @@ impl Prepared {
     /// Whatever of these fails first.
     pub fn make(recipe: Recipe, environment: &mut Environment<'_>) -> Result<Self> {
         let located = Located::find(&recipe.model, environment)?;
-        let tokenizer = located.tokenizer()?;
         let seed = Seed(recipe.seed);
         // The spec's limit is needed before the task is known; it does not depend on it.
         let checkpoint = retune_models::open(&located.path)?;
         let spec = checkpoint.model.spec();
+        let tokenizer = if spec.vocabulary > 0 { Some(located.tokenizer()?) } else { None };
         let limit = spec.max_positions;
         let limit = limit.saturating_sub(recipe.method.num_positions()).max(1);
         let max_length = recipe.data.max_length.unwrap_or(USUAL_MAX_LENGTH).min(limit);
         let rows = Rows {
             options: &recipe.data,
-            tokenizer: &tokenizer,
+            spec,
+            model: &located.path,
+            tokenizer: tokenizer.as_ref(),
             max_length,
-            decoder_start: spec.decoder_start(),
             date: Date::from_unix((environment.clock)() as i64),
             seed,
         };
         let splits = rows.splits()?;
         let task = match splits.train.dataset.labels() {
-            Some(Labels::Classes(names)) => Task::Classify { labels: names.clone() },
+            // A tower of texts reads the classes' names instead.
+            Some(Labels::Classes(names)) if spec.head != Head::Pairs => {
+                Task::Classify { labels: names.clone() }
+            }
             _ => Task::AsSaved,
         };
-        let opened = Opened::open(&located, &task, seed, &recipe.compute, Some(&tokenizer))?;
+        let opened = Opened::open(&located, &task, seed, &recipe.compute, tokenizer.as_ref())?;
         let train = &recipe.train;
         let batches = TrainBatches::new(
             splits.train.clone(),

@@ -34,7 +34,8 @@ choice! {
 options! {
     /// Where rows come from and what is learned of them.
     pub struct DataOptions("data") {
-        /// File of training rows: JSONL, JSON, CSV or Parquet.
+        /// File of training rows: JSONL, JSON, CSV or Parquet; pictures also as a folder of one
+        /// folder per class, or packed as IDX or CIFAR binary, a `*` standing for several files.
         train: PathBuf;
         /// File of rows the run is steered by (best checkpoint, early stopping).
         validation: Option<PathBuf> = None;
@@ -42,10 +43,20 @@ options! {
         validation_fraction: f64 = 0.05, in 0.0..=0.9;
         /// File of rows that are only measured, before and after.
         test: Option<PathBuf> = None;
-        /// Fields of a row, where they have other names: prompt, completion, text, label, messages.
+        /// Fields of a row, where they have other names: prompt, completion, text, label, messages,
+        /// image.
         columns: std::collections::BTreeMap<String, String>;
-        /// Text of the prompt, with fields in braces: `Question: {question}`.
+        /// Text of the prompt, with fields in braces: `Question: {question}`; of a picture's class,
+        /// for a model with a tower of texts: `a photo of a {label}.`.
         prompt: Option<String> = None;
+        /// Texts of which one stands beside each training picture, with its class as `{label}`: a
+        /// model with a tower of texts then learns pairs; without, it learns to choose the prompt.
+        captions: Vec<String> = Vec::new();
+        /// Pixels of black around training pictures before a window of their own size is cut out at
+        /// random.
+        crop_padding: usize = 0, in 0..=4096;
+        /// Mirrors every second training picture, left to right.
+        flip: bool = false;
         /// Which tokens are learned; by default assistant for conversations, completion for prompts,
         /// all for plain text.
         loss_on: Option<LossOn> = None;

@@ -3,17 +3,22 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::images::{Images, Reader};
 use crate::recipe::{DataOptions, LossOn, OnLong};
 use retune_core::batch::{Batch, Document};
 use retune_core::random::Seed;
+use retune_core::spec::{ImageSpec, ModelSpec};
 use retune_data::dataset::{Dataset, Keep};
+use retune_data::image::set::{ImageSet, SetOptions};
+use retune_data::image::transform::Transform;
 use retune_data::labels::{Label, Labels};
 use retune_data::order::{Held, Order, split};
 use retune_data::pack::{PackedRow, pack, unpacked};
 use retune_data::prepare::{PrepareOptions, Preparer, TokenRow, TooLong};
 use retune_data::read::{ReadOptions, RowFile};
 use retune_data::shape::{Shape, ShapeOptions, Shaper};
+use retune_data::statistics::Statistics;
 use retune_data::template::{ChatTemplate, Date, TemplateSettings};
 use retune_data::tokenizer::Tokenizer;
 use retune_train::training::BatchSource;
@@ -32,23 +37,95 @@ pub struct Splits {
     pub test: Option<Subset>,
 }
 
-/// Some rows of a prepared file.
+/// The prepared rows of one source.
+#[derive(Debug)]
+pub enum RowSet {
+    /// Texts.
+    Texts(Box<Dataset>),
+    /// Pictures.
+    Images(Box<Images>),
+}
+
+impl RowSet {
+    /// Returns the texts, where that is what the rows are.
+    pub fn texts(&self) -> Option<&Dataset> {
+        match self {
+            Self::Texts(dataset) => Some(dataset),
+            Self::Images(_) => None,
+        }
+    }
+
+    /// Returns the pictures, where that is what the rows are.
+    pub fn images(&self) -> Option<&Images> {
+        match self {
+            Self::Texts(_) => None,
+            Self::Images(images) => Some(images),
+        }
+    }
+
+    /// Returns the number of rows.
+    fn len(&self) -> usize {
+        self.lengths().len()
+    }
+
+    /// Returns the tokens of each row.
+    fn lengths(&self) -> &[u32] {
+        match self {
+            Self::Texts(dataset) => dataset.lengths(),
+            Self::Images(images) => images.lengths(),
+        }
+    }
+
+    /// Returns the labels of labelled rows.
+    pub fn labels(&self) -> Option<&Labels> {
+        match self {
+            Self::Texts(dataset) => dataset.labels(),
+            Self::Images(images) => images.set().labels(),
+        }
+    }
+
+    /// Returns the counts.
+    pub fn statistics(&self) -> &Statistics {
+        match self {
+            Self::Texts(dataset) => dataset.statistics(),
+            Self::Images(images) => images.statistics(),
+        }
+    }
+
+    /// Returns what the rows were understood to be.
+    pub fn statement(&self) -> String {
+        match self {
+            Self::Texts(dataset) => dataset.shaper().statement().to_owned(),
+            Self::Images(images) => images.statement(),
+        }
+    }
+
+    /// Returns what every batch of pictures is compared with.
+    fn prompts(&self, epoch: Option<u64>) -> Vec<Document> {
+        self.images().map(|images| images.prompts(epoch)).unwrap_or_default()
+    }
+}
+
+/// Some rows of a prepared source.
 #[derive(Debug, Clone)]
 pub struct Subset {
-    /// The prepared file.
-    pub dataset: std::sync::Arc<Dataset>,
+    /// The prepared source.
+    pub dataset: std::sync::Arc<RowSet>,
     /// Which of its rows.
     pub rows: Vec<usize>,
 }
 
 impl Subset {
-    /// Returns a row as a document of a batch.
+    /// Returns a row as a document of a batch: of the pass `epoch` over the data, where pictures
+    /// differ from pass to pass, or as it is measured.
     ///
     /// # Errors
     /// If rows are kept on disk and the file changed.
-    pub fn document(&self, place: usize) -> retune_data::Result<Document> {
-        let row = self.dataset.row(self.rows[place])?;
-        Ok(document(row))
+    pub fn document(&self, place: usize, epoch: Option<u64>) -> retune_data::Result<Document> {
+        match &*self.dataset {
+            RowSet::Texts(dataset) => Ok(document(dataset.row(self.rows[place])?)),
+            RowSet::Images(images) => images.document(self.rows[place], epoch),
+        }
     }
 
     /// Returns the number of rows.
@@ -67,19 +144,25 @@ impl Subset {
     /// If rows are kept on disk and the file changed.
     pub fn batches(&self, limit: usize, budget: usize) -> Result<Vec<Batch>> {
         let mut batches = Vec::new();
+        let prompts = self.dataset.prompts(None);
         let (mut waiting, mut tokens) = (Vec::new(), 0);
+        let mut close = |waiting: &mut Vec<Document>| -> Result<()> {
+            waiting.extend(prompts.iter().cloned());
+            batches.push(Batch::new(waiting)?);
+            waiting.clear();
+            Ok(())
+        };
         for place in 0..self.len().min(limit) {
-            let document = self.document(place)?;
+            let document = self.document(place, None)?;
             if tokens + document.tokens.len() > budget && !waiting.is_empty() {
-                batches.push(Batch::new(&waiting)?);
-                waiting.clear();
+                close(&mut waiting)?;
                 tokens = 0;
             }
             tokens += document.tokens.len();
             waiting.push(document);
         }
         if !waiting.is_empty() {
-            batches.push(Batch::new(&waiting)?);
+            close(&mut waiting)?;
         }
         Ok(batches)
     }
@@ -87,6 +170,7 @@ impl Subset {
 
 fn document(row: TokenRow) -> Document {
     Document {
+        pixels: Vec::new(),
         tokens: row.ids,
         learn: row.learn,
         token_types: row.token_types.map(|types| types.into_iter().map(u32::from).collect()),
@@ -98,17 +182,19 @@ fn document(row: TokenRow) -> Document {
     }
 }
 
-/// Prepares files of rows for one tokenizer.
+/// Prepares sources of rows for one model.
 #[derive(Debug)]
 pub struct Rows<'a> {
     /// The `[data]` table.
     pub options: &'a DataOptions,
-    /// The model's tokenizer.
-    pub tokenizer: &'a Tokenizer,
+    /// The model.
+    pub spec: &'a ModelSpec,
+    /// The model's folder or file.
+    pub model: &'a Path,
+    /// The model's tokenizer; nothing for models that read no text.
+    pub tokenizer: Option<&'a Tokenizer>,
     /// Longest row in tokens.
     pub max_length: usize,
-    /// The token that begins the decoder's side, for models of two sides.
-    pub decoder_start: Option<u32>,
     /// The day templates print.
     pub date: Date,
     /// The run's seed.
@@ -146,24 +232,56 @@ impl Rows<'_> {
         Ok(Splits { train: Subset { dataset: train, rows }, validation, test })
     }
 
-    /// Parts rows by a seeded hash of their tokens, so that equal rows stay on one side.
+    /// Parts rows by a seeded hash of their content, so that equal rows stay on one side.
     fn hold_out(
         &self,
-        dataset: &Dataset,
+        set: &RowSet,
         rows: Vec<usize>,
         fraction: f64,
     ) -> Result<(Vec<usize>, Vec<usize>)> {
         let mut contents = Vec::with_capacity(rows.len());
         for row in &rows {
-            let ids: Vec<u64> = dataset.row(*row)?.ids.into_iter().map(u64::from).collect();
-            contents.push(self.seed.stream("validation", &ids).bits());
+            let content: Vec<u64> = match set {
+                RowSet::Texts(set) => set.row(*row)?.ids.into_iter().map(u64::from).collect(),
+                RowSet::Images(images) => vec![images.fingerprint(*row)],
+            };
+            contents.push(self.seed.stream("validation", &content).bits());
         }
         let split = split(&contents, Held::Fraction(fraction), self.seed.0)?;
         let rows = |part: Vec<u32>| part.into_iter().map(|place| rows[place as usize]).collect();
         Ok((rows(split.train), rows(split.validation)))
     }
 
-    fn file(&self, path: &Path, labels: Option<Labels>) -> Result<Dataset> {
+    fn file(&self, path: &Path, labels: Option<Labels>) -> Result<RowSet> {
+        match (self.spec.image(), self.tokenizer) {
+            (Some(image), tokenizer) => self.images(path, labels, *image, tokenizer),
+            (None, Some(tokenizer)) => self.texts(path, labels, tokenizer),
+            (None, None) => Err(Error::Core(retune_core::Error::Unsupported {
+                what: format!("rows for {}, which reads neither text nor images", self.spec.class),
+                help: "use another model".to_owned(),
+            })),
+        }
+    }
+
+    fn images(
+        &self,
+        path: &Path,
+        labels: Option<Labels>,
+        image: ImageSpec,
+        tokenizer: Option<&Tokenizer>,
+    ) -> Result<RowSet> {
+        let o = self.options;
+        let transform = Transform::of_folder(self.model, image.channels, image.size)?;
+        // A limit counts training rows only; others are limited where they are measured.
+        let limit = if labels.is_none() && path == o.train { o.limit } else { 0 };
+        let options = SetOptions { columns: o.columns.clone(), skip_broken: o.skip_broken, limit };
+        let set = ImageSet::open(path, transform, labels, &options)?;
+        let max_length = self.max_length;
+        let reader = tokenizer.map(|tokenizer| Reader { tokenizer, max_length });
+        Ok(RowSet::Images(Box::new(Images::new(set, image, reader, o, self.seed)?)))
+    }
+
+    fn texts(&self, path: &Path, labels: Option<Labels>, tokenizer: &Tokenizer) -> Result<RowSet> {
         let o = self.options;
         let read = ReadOptions { skip_broken: o.skip_broken, ..ReadOptions::default() };
         let file = RowFile::open(path, &read)?;
@@ -187,23 +305,23 @@ impl Rows<'_> {
                 OnLong::Drop => TooLong::Drop,
                 OnLong::Error => TooLong::Error,
             },
-            decoder_start: self.decoder_start,
+            decoder_start: self.spec.decoder_start(),
             ..PrepareOptions::default()
         };
-        let preparer = Preparer::new(self.tokenizer.clone(), self.template()?, prepare)?;
+        let preparer = Preparer::new(tokenizer.clone(), self.template(tokenizer)?, prepare)?;
         // A missing length is no reason to stop: the reader has opened the file already.
         let bytes = std::fs::metadata(path).map_or(0, |meta| meta.len());
         let keep = if bytes > IN_MEMORY_BYTES { Keep::OnDisk } else { Keep::InMemory };
-        Ok(Dataset::prepare(file, &shape, preparer, labels, keep)?)
+        Ok(RowSet::Texts(Box::new(Dataset::prepare(file, &shape, preparer, labels, keep)?)))
     }
 
     /// Compiles the tokenizer's chat template, if it has one.
     ///
     /// # Errors
     /// If it does not compile.
-    fn template(&self) -> Result<Option<ChatTemplate>> {
-        let settings = TemplateSettings::of(self.tokenizer, Some(self.date));
-        let source = self.tokenizer.chat_template();
+    fn template(&self, tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
+        let settings = TemplateSettings::of(tokenizer, Some(self.date));
+        let source = tokenizer.chat_template();
         Ok(source.map(|source| ChatTemplate::compile(source, settings)).transpose()?)
     }
 }
@@ -286,10 +404,11 @@ impl BatchSource for TrainBatches {
             let documents = micro
                 .iter()
                 .flatten()
-                .map(|place| self.subset.document(*place))
+                .map(|place| self.subset.document(*place, Some(epoch)))
                 .collect::<retune_data::Result<Vec<_>>>()
                 .map_err(|error| retune_train::Error::Data(Box::new(error)))?;
-            batches.push(Batch::new(&documents)?);
+            let prompts = self.subset.dataset.prompts(Some(epoch));
+            batches.push(Batch::new(&[documents, prompts].concat())?);
         }
         Ok(batches)
     }

@@ -38,7 +38,7 @@ use sources::{Merged, Quantised, block_type};
 
 use crate::card::{Derived, derived_card};
 use crate::error::{Error, Result};
-use crate::export::{check_mergeable, merged, write_gguf, write_weights};
+use crate::export::{Beside, check_mergeable, merged, write_gguf, write_weights};
 use crate::open::{Opened, check_base};
 
 /// One way to ship.
@@ -144,7 +144,13 @@ impl<'a> Shipping<'a> {
     /// # Errors
     /// For the attached adapter, which is nothing new to write; if the way is not there; if the
     /// disk is full.
-    pub fn write(&self, way: Way, tokenizer: &Tokenizer, base: &str, output: &Path) -> Result<()> {
+    pub fn write(
+        &self,
+        way: Way,
+        tokenizer: Option<&Tokenizer>,
+        base: &str,
+        output: &Path,
+    ) -> Result<()> {
         let refuse = |what: &str, help: &str| {
             Err(Error::Core(retune_core::Error::Unsupported {
                 what: what.to_owned(),
@@ -175,6 +181,12 @@ impl<'a> Shipping<'a> {
                 let name = output.file_stem().map(|name| name.to_string_lossy().into_owned());
                 let name = name.unwrap_or_default();
                 let checkpoint = &self.base.checkpoint;
+                let Some(tokenizer) = tokenizer else {
+                    return refuse(
+                        "a GGUF file of a model that reads no text",
+                        "write a way that is not quantised",
+                    );
+                };
                 return write_gguf(tuned, checkpoint, tokenizer, self.kind, &name, output);
             }
             let card = derived_card(&Derived {
@@ -190,7 +202,8 @@ impl<'a> Shipping<'a> {
                 ],
             });
             let spec = tuned.model.spec();
-            write_weights(&[tuned], spec, Some(tokenizer), Dtype::F32, &card, output, |weight| {
+            let beside = Beside::of(&self.base.checkpoint.path, tokenizer)?;
+            write_weights(&[tuned], spec, &beside, Dtype::F32, &card, output, |weight| {
                 merged(tuned, weight)
             })
         })

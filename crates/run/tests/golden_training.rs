@@ -94,6 +94,7 @@ fn batch(file: &SafetensorsFile, step: Option<usize>, head: &Head) -> Batch {
                 |values: &[i64]| -> Vec<i64> { values[row * length..row * length + kept].to_vec() };
             let language = matches!(head, Head::Language { .. });
             Document {
+                pixels: Vec::new(),
                 tokens: of(&ids).iter().map(|id| *id as u32).collect(),
                 learn: if language {
                     of(&labels).iter().map(|label| *label >= 0).collect()
@@ -161,7 +162,7 @@ fn one_step(name: &str, run: &str, recompute: bool) {
             to_vec(pass.logits(&states, &rows).unwrap().inner())
         }
         Output::Classes(logits) => to_vec(logits.inner()),
-        Output::Embeddings(_) => panic!("no case embeds"),
+        Output::Embeddings(_) | Output::Pairs(_) => panic!("no case embeds"),
     };
     let logits = want.tensor("logits").unwrap();
     let width = *logits.shape.last().unwrap();

@@ -112,6 +112,7 @@ impl Tiny {
                     to_vec(pass.logits(&states, &rows)?.inner())
                 }
                 Output::Classes(rows) | Output::Embeddings(rows) => to_vec(rows.inner()),
+                Output::Pairs(pairs) => to_vec(pairs.similarities().inner()),
             })
         };
         self.tuned().evaluate(batch, cache, read).unwrap()
@@ -133,6 +134,7 @@ fn parts(parts: &[(&[u32], usize)]) -> Batch {
     Batch {
         spans: Spans::from_lengths(parts.iter().map(|(ids, _)| ids.len())),
         positions: parts.iter().flat_map(|(ids, start)| *start..start + ids.len()).collect(),
+        pixels: Vec::new(),
         token_types: None,
         targets: vec![None; tokens.len()],
         classes: vec![None; parts.len()],

@@ -126,6 +126,7 @@ impl Rows {
             let unsigned =
                 |values: &[i64]| values[span.clone()].iter().map(|v| *v as u32).collect();
             Document {
+                pixels: Vec::new(),
                 tokens: unsigned(&self.ids),
                 learn: match per_token {
                     Some(labels) => labels[span.clone()].iter().map(|label| *label >= 0).collect(),

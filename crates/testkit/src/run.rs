@@ -10,7 +10,8 @@ use retune_core::parameters::{Parameters, to_vec};
 use retune_core::weights::{Packing, WeightSource, Weights};
 use tensor::Device;
 
-/// Returns the logits of every token, of every document, or document vectors, row by row.
+/// Returns the logits of every token, of every document, document vectors, or the similarities of
+/// every image with every text, row by row.
 ///
 /// # Errors
 /// If the weights do not fit the model or the batch does not.
@@ -31,6 +32,7 @@ pub fn outputs(
                 to_vec(pass.logits(&states, &rows)?.inner())
             }
             Output::Classes(rows) | Output::Embeddings(rows) => to_vec(rows.inner()),
+            Output::Pairs(pairs) => to_vec(pairs.similarities().inner()),
         })
     })
 }

@@ -54,6 +54,22 @@ pub fn configs() -> Vec<(&'static str, Value)> {
     ]
 }
 
+/// Returns configurations of models that read images: 2 blocks of width 16 and 4 heads, images of
+/// 2 × 8 × 8 numbers in 4 patches; the two towers of the last differ in width and in depth.
+pub fn image_configs() -> Vec<(&'static str, Value)> {
+    let vision = json!({"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "image_size": 8, "patch_size": 4, "num_channels": 2});
+    let mut vit = json!({"architectures": ["ViTForImageClassification"], "model_type": "vit",
+        "id2label": {"0": "a", "1": "b", "2": "c"}});
+    merge(&mut vit, vision.clone());
+    let text = json!({"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "vocab_size": 32, "max_position_embeddings": 16,
+        "eos_token_id": 31});
+    let clip = json!({"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 10,
+        "vision_config": vision, "text_config": text});
+    vec![("vit classes", vit), ("clip", clip)]
+}
+
 fn merge(config: &mut Value, extra: Value) {
     if let (Value::Object(config), Value::Object(extra)) = (config, extra) {
         config.extend(extra);
@@ -78,8 +94,8 @@ impl MemorySource {
             let (mean, deviation) = match weight.kind {
                 Kind::Norm => (gain, 0.1),
                 Kind::Bias => (0.0, 0.1),
-                Kind::Embedding => (0.0, 0.3),
-                Kind::Linear { .. } => (0.0, (inputs as f64).powf(-0.5)),
+                Kind::Embedding | Kind::Constant => (0.0, 0.3),
+                Kind::Linear { .. } | Kind::Convolution => (0.0, (inputs as f64).powf(-0.5)),
             };
             let mut values = vec![0.0; weight.count()];
             seed.stream(&weight.name, &[]).fill_normal(&mut values, deviation);

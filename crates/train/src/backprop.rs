@@ -4,13 +4,13 @@ use crate::error::{Error, Result};
 use retune_core::batch::Batch;
 use retune_core::change::{Changes, Mode};
 use retune_core::method::Reference;
-use retune_core::model::{Output, Tuned};
+use retune_core::model::{Output, Tuned, cross_entropy};
 use retune_core::parameters::{Parameters, to_vec};
-use retune_core::pass::Pass;
+use retune_core::pass::{Pass, select};
 use retune_core::random::Seed;
 use retune_core::site::Site;
 use retune_core::spec::Head;
-use tensor::{Gradients, Int, Tensor, TensorData, activation};
+use tensor::{Gradients, Tensor, TensorData, activation};
 
 pub use retune_core::step::FlatGradients;
 
@@ -135,6 +135,7 @@ fn row_labels(batch: &Batch, head: &Head) -> (Vec<usize>, usize) {
         Head::Classes { .. } => {
             batch.classes.iter().map(|class| usize::from(class.is_some())).collect()
         }
+        Head::Pairs => batch.matches().iter().map(|text| usize::from(text.is_some())).collect(),
         _ => batch
             .spans
             .iter()
@@ -154,20 +155,12 @@ fn reference_loss(
 ) -> Result<Tensor<1>> {
     let rows: Vec<usize> =
         (0..batch.targets.len()).filter(|t| batch.targets[*t].is_some()).collect();
+    let labelled = row_labels(batch, &tuned.model.spec().head).0;
+    let labelled: Vec<usize> = (0..labelled.len()).filter(|row| labelled[*row] > 0).collect();
     let read = |pass: &mut Pass<'_>, output: Output| match output {
         Output::States(states) => pass.logits(&states, &rows),
-        Output::Classes(logits) => {
-            let labelled: Vec<i32> = (0..batch.classes.len())
-                .filter(|row| batch.classes[*row].is_some())
-                .map(|row| row as i32)
-                .collect();
-            let count = labelled.len();
-            let device = logits.clone().inner().device();
-            Ok(logits.select(
-                0,
-                Tensor::<1, Int>::from_data(TensorData::new(labelled, [count]), &device),
-            ))
-        }
+        Output::Classes(logits) => Ok(select(logits, &labelled)),
+        Output::Pairs(pairs) => Ok(select(pairs.similarities(), &labelled)),
         Output::Embeddings(_) => Err(no_loss_on_vectors()),
     };
     let nothing = Changes::default();
@@ -207,7 +200,12 @@ fn weighted_loss(
     let spans = pass.spans().clone();
     let (losses, of_tokens) = match output {
         Output::States(states) => (pass.token_losses(states)?, true),
-        Output::Classes(logits) => (class_losses(logits, &pass.batch().classes), false),
+        Output::Classes(logits) => {
+            let class = |class: &Option<u32>| class.map(|class| class as usize);
+            let classes: Vec<_> = pass.batch().classes.iter().map(class).collect();
+            (cross_entropy(logits, &classes), false)
+        }
+        Output::Pairs(pairs) => (pairs.losses(pass.batch()), false),
         Output::Embeddings(_) => return Err(no_loss_on_vectors()),
     };
     match weighing {
@@ -228,22 +226,6 @@ fn weighted_loss(
             Ok((losses * weights).sum())
         }
     }
-}
-
-/// Computes the cross-entropy of each document with its class, 0 where it has none.
-///
-/// # Shapes
-/// - `logits`: `[documents, classes]`
-/// - returns: `[documents]`
-pub fn class_losses(logits: Tensor<2>, classes: &[Option<u32>]) -> Tensor<1> {
-    let device = logits.clone().inner().device();
-    let count = classes.len();
-    let index: Vec<i32> = classes.iter().map(|c| c.unwrap_or(0) as i32).collect();
-    let counts: Vec<f32> = classes.iter().map(|c| f32::from(u8::from(c.is_some()))).collect();
-    let index = Tensor::<2, Int>::from_data(TensorData::new(index, [count, 1]), &device);
-    let counts = Tensor::<1>::from_data(TensorData::new(counts, [count]), &device);
-    let picked = activation::log_softmax(logits, 1).gather(1, index).reshape([count]);
-    picked.neg() * counts
 }
 
 /// One forward and backward pass with all activations kept.

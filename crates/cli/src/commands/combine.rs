@@ -8,6 +8,7 @@ use retune_merge::pairs::LoraAdapter;
 use retune_methods::adapter::Adapter;
 use retune_run::card::{Derived, derived_card};
 use retune_run::compose::write_composed;
+use retune_run::export::Beside;
 use retune_run::open::{Located, Opened};
 use retune_run::recipe::ComputeOptions;
 use serde_json::{Value, json};
@@ -123,8 +124,9 @@ fn compose(
         let opened = Opened::open(&located, &task, seed, &ComputeOptions::default(), None)?;
         // A folder without a tokenizer can still be changed.
         let tokenizer = located.tokenizer().ok();
-        let (tokenizer, output) = (tokenizer.as_ref(), &arguments.output);
-        Ok(write_composed(&opened, base, &adapters, tokenizer, arguments.force, output)?)
+        let beside = Beside::of(&located.path, tokenizer.as_ref())?;
+        let output = &arguments.output;
+        Ok(write_composed(&opened, base, &adapters, &beside, arguments.force, output)?)
     })
 }
 

@@ -3,6 +3,7 @@
 use retune_core::method::MethodPlan;
 use retune_run::plan::mebibytes;
 use retune_run::prepare::Prepared;
+use retune_run::rows::RowSet;
 use serde_json::json;
 
 use super::run::read_recipe;
@@ -33,9 +34,15 @@ pub(crate) fn doctor(arguments: &RecipeArguments, rows: usize, json: bool) -> Re
         grouped(s.tokens),
         grouped(s.learned_tokens)
     );
-    let dataset = &prepared.splits.train.dataset;
-    for place in 0..rows.min(prepared.splits.train.len()) {
-        let index = prepared.splits.train.rows[place];
+    let train = &prepared.splits.train;
+    for index in train.rows.iter().copied().take(rows) {
+        let dataset = match &*train.dataset {
+            RowSet::Texts(dataset) => dataset,
+            RowSet::Images(images) => {
+                println!("{}", images.show(index)?);
+                continue;
+            }
+        };
         let (example, line) = dataset.example(index)?;
         let (text, _) = dataset.preparer().render(&example)?;
         println!("\nline {line}, as the model reads it:\n{text}");
@@ -101,10 +108,16 @@ fn as_json(
     rows: usize,
     seconds: f64,
 ) -> Result<serde_json::Value, Failure> {
-    let dataset = &prepared.splits.train.dataset;
+    let train = &prepared.splits.train;
     let mut shown = Vec::new();
-    for place in 0..rows.min(prepared.splits.train.len()) {
-        let index = prepared.splits.train.rows[place];
+    for index in train.rows.iter().copied().take(rows) {
+        let dataset = match &*train.dataset {
+            RowSet::Texts(dataset) => dataset,
+            RowSet::Images(images) => {
+                shown.push(json!({"picture": images.show(index)?}));
+                continue;
+            }
+        };
         let (example, line) = dataset.example(index)?;
         let (text, _) = dataset.preparer().render(&example)?;
         let tokens: Vec<_> = dataset

@@ -5,7 +5,7 @@ use std::path::Path;
 use retune_files::Dtype;
 use retune_files::ggml::BlockType;
 use retune_run::card::merged_card;
-use retune_run::export::{write_gguf, write_gguf_adapter, write_merged};
+use retune_run::export::{Beside, write_gguf, write_gguf_adapter, write_merged};
 use serde_json::json;
 
 use super::session::Session;
@@ -29,7 +29,8 @@ pub(crate) fn merge_adapter(
         _ => Dtype::F32,
     };
     let card = merged_card(model, &adapter.display().to_string());
-    write_merged(&session.tuned(), tokenizer.as_ref(), dtype, &card, output)?;
+    let beside = Beside::of(&session.opened.checkpoint.path, tokenizer.as_ref())?;
+    write_merged(&session.tuned(), &beside, dtype, &card, output)?;
     done(output, json);
     Ok(())
 }
@@ -60,7 +61,8 @@ pub(crate) fn export(
             let tokenizer = session.tokenizer().ok();
             let adapter = adapter.map_or_else(|| "none".to_owned(), |a| a.display().to_string());
             let card = merged_card(model, &adapter);
-            write_merged(&session.tuned(), tokenizer.as_ref(), Dtype::F32, &card, output)?;
+            let beside = Beside::of(&session.opened.checkpoint.path, tokenizer.as_ref())?;
+            write_merged(&session.tuned(), &beside, Dtype::F32, &card, output)?;
         }
         format => {
             let kind = match format {

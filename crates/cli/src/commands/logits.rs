@@ -10,6 +10,7 @@ use retune_files::Dtype;
 use retune_files::safetensors::{SafetensorsFile, SafetensorsWriter, TensorSpec};
 use serde_json::json;
 
+use super::pixels;
 use super::session::Session;
 use crate::failure::Failure;
 
@@ -32,6 +33,11 @@ pub(crate) fn logits(
 ) -> Result<(), Failure> {
     let session = Session::open(model, adapter, false, force, json)?;
     let tuned = session.tuned();
+    if tuned.model.spec().image().is_some() {
+        let rows = pixels::rows(&tuned, input)?;
+        let shape = vec![rows.len(), rows.first().map_or(0, Vec::len)];
+        return write(output, &shape, &rows.concat(), json);
+    }
     let two_sided = tuned.model.spec().decoder_start().is_some();
     let (rows, width) = read_rows(input, two_sided)?;
     let num_rows = rows.len();
@@ -57,6 +63,7 @@ pub(crate) fn logits(
                 Ok((logit_rows(pass.logits(&states, &all)?), false))
             }
             Output::Classes(logits) | Output::Embeddings(logits) => Ok((logit_rows(logits), true)),
+            Output::Pairs(pairs) => Ok((logit_rows(pairs.similarities()), true)),
         })?;
         let size = found.first().map_or(0, Vec::len);
         if classes {
@@ -72,10 +79,14 @@ pub(crate) fn logits(
             }
         }
     }
-    let spec = [TensorSpec::new("logits", Dtype::F32, shape.clone())];
+    write(output, &shape, &values, json)
+}
+
+fn write(output: &Path, shape: &[usize], values: &[f32], json: bool) -> Result<(), Failure> {
+    let spec = [TensorSpec::new("logits", Dtype::F32, shape.to_vec())];
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     let mut writer = SafetensorsWriter::create(output, &spec, &metadata)?;
-    writer.write_f32("logits", &values)?;
+    writer.write_f32("logits", values)?;
     writer.finish()?;
     if json {
         println!("{}", json!({"output": output, "shape": shape}));
@@ -150,7 +161,7 @@ fn read_rows(path: &Path, two_sided: bool) -> Result<(Vec<Row>, usize), Failure>
         let learn = vec![false; tokens.len()];
         rows.push(Row {
             columns,
-            document: Document { tokens, learn, token_types, class: None, row },
+            document: Document { tokens, learn, token_types, row, ..Document::default() },
             num_source,
         });
     }

@@ -13,9 +13,11 @@ mod eval;
 mod export;
 pub(crate) mod extract;
 mod generate;
+mod init;
 mod logits;
 mod merge;
 mod new;
+mod pixels;
 mod run;
 mod session;
 pub(crate) mod ship;
@@ -66,6 +68,7 @@ pub(crate) fn dispatch(arguments: Arguments) -> Result<(), Failure> {
             describe::models(json);
             Ok(())
         }
+        Command::Init { config, output, seed } => init::init(&config, seed, &output, json),
         Command::New { path, method, force } => new::new(&path, &method, force, json),
         Command::Completions { shell } => {
             clap_complete::generate(

@@ -432,7 +432,7 @@ fn listed<S: AsRef<str>>(names: impl IntoIterator<Item = S>) -> String {
     if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }
 
-fn string<'v>(value: &'v Value, name: &str) -> Result<&'v str> {
+pub(crate) fn string<'v>(value: &'v Value, name: &str) -> Result<&'v str> {
     value.as_str().ok_or_else(|| {
         Error::example(
             format!("the field `{name}` is {}, expected a string", kind(value)),
@@ -451,7 +451,7 @@ fn plain(value: &Value, name: &str) -> Result<String> {
     }
 }
 
-fn label(value: &Value) -> Result<LabelValue> {
+pub(crate) fn label(value: &Value) -> Result<LabelValue> {
     let refuse = || {
         Error::example(
             format!(

@@ -72,6 +72,7 @@ impl Tiny {
             vocabulary,
             max_positions,
             causal: !matches!(body, Body::Classes | Body::Vectors),
+            towers: Vec::new(),
             weights: tensors
                 .iter()
                 .map(|(name, kind, role, shape, _)| WeightSpec {

@@ -15,7 +15,9 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use retune_core::change::Changes;
-use retune_core::method::{Card, Method, MethodPlan, PlannedParameter, Promises, StepView};
+use retune_core::method::{
+    Card, Method, MethodPlan, PlannedParameter, Promises, Refusal, StepView,
+};
 use retune_core::parameters::{ParameterId, Parameters};
 use retune_core::random::Seed;
 use retune_core::spec::{Head, Kind, ModelSpec, Role, WeightSpec};
@@ -160,6 +162,31 @@ pub enum Form {
     Saved,
 }
 
+/// What a method needs of a model beyond blocks with sites.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Needs {
+    /// Nothing: it looks at single weights and what comes out of them.
+    Nothing,
+    /// One stack of blocks, all of one width.
+    OneStack,
+    /// Words before which it can put tokens.
+    Words,
+}
+
+impl Needs {
+    fn refusal(self) -> Option<Refusal> {
+        match self {
+            Self::Nothing => None,
+            Self::OneStack => {
+                Some(Refusal { models: "of two towers", applies: |spec| spec.towers.len() > 1 })
+            }
+            Self::Words => {
+                Some(Refusal { models: "that read images", applies: |spec| spec.image().is_some() })
+            }
+        }
+    }
+}
+
 /// A method that changes states, said by its options.
 pub trait StateMethod: Options + Debug + Send + Sync + 'static {
     /// Name, sentence, source, rates, options.
@@ -186,6 +213,11 @@ pub trait StateMethod: Options + Debug + Send + Sync + 'static {
     /// Returns what the method promises with these options.
     fn promises(&self) -> Promises {
         Promises::default()
+    }
+
+    /// Returns what these options need of a model.
+    fn needs(&self) -> Needs {
+        Needs::OneStack
     }
 
     /// Returns tables of options that between them use every path through the method.
@@ -296,7 +328,8 @@ impl<T: StateMethod> Method for State<T> {
     }
 
     fn promises(&self) -> Promises {
-        self.options.promises()
+        let own = self.options.promises();
+        Promises { refuses: own.refuses.or_else(|| self.options.needs().refusal()), ..own }
     }
 
     fn examples(&self) -> &'static [&'static str] {
@@ -304,6 +337,17 @@ impl<T: StateMethod> Method for State<T> {
     }
 
     fn plan(&self, spec: &ModelSpec) -> Result<MethodPlan> {
+        if let Some(refusal) = self.options.needs().refusal().filter(|no| (no.applies)(spec)) {
+            return Err(Error::Unsupported {
+                what: format!(
+                    "{} on {}, one of the models {}",
+                    T::NAME,
+                    spec.class,
+                    refusal.models
+                ),
+                help: "use a method that changes weights, such as lora, or ssf".to_owned(),
+            });
+        }
         room(spec, self.options.num_positions(), T::NAME)?;
         let slots = self.options.slots(spec, self.form())?;
         let own = slots.into_iter().map(|slot| PlannedParameter {
@@ -375,7 +419,8 @@ impl<T: StateMethod> Method for State<T> {
 
 /// Refuses to take more positions than leave room for a text.
 fn room(spec: &ModelSpec, taken: usize, name: &str) -> Result<()> {
-    if taken < spec.max_positions {
+    // Patches have their places in the image, whatever stands before them.
+    if taken < spec.max_positions || spec.vocabulary == 0 {
         return Ok(());
     }
     Err(Error::Setting {

@@ -67,8 +67,8 @@ pub(super) fn answers(
                 });
                 Ok((logits, labels))
             }
-            Output::Embeddings(_) => Err(retune_core::Error::Unsupported {
-                what: "measuring document vectors".to_owned(),
+            Output::Embeddings(_) | Output::Pairs(_) => Err(retune_core::Error::Unsupported {
+                what: "measuring the shift of vectors".to_owned(),
                 help: "ship a language model or a classifier".to_owned(),
             }),
         })?;

@@ -14,7 +14,7 @@ use retune_files::ggml::BlockType;
 pub(super) fn block_type(weight: &WeightSpec, kind: BlockType) -> BlockType {
     let [_, columns] = weight.matrix();
     match weight.kind {
-        Kind::Norm | Kind::Bias => BlockType::F32,
+        Kind::Norm | Kind::Bias | Kind::Constant => BlockType::F32,
         _ if columns.is_multiple_of(kind.block_len()) => kind,
         _ => BlockType::F16,
     }

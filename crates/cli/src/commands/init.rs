@@ -1,0 +1,20 @@
+//! `init`: a new model from a configuration.
+
+use std::path::Path;
+
+use retune_core::random::Seed;
+use serde_json::json;
+
+use crate::failure::Failure;
+use crate::table::grouped;
+
+/// Draws the weights of a new model and writes it as a Hugging Face folder.
+pub(crate) fn init(folder: &Path, seed: u64, output: &Path, json: bool) -> Result<(), Failure> {
+    let count = retune_run::init::init(folder, Seed(seed), output)?;
+    if json {
+        println!("{}", json!({"output": output, "num_parameters": count}));
+    } else {
+        println!("written: {}, {} values", output.display(), grouped(count as u64));
+    }
+    Ok(())
+}
