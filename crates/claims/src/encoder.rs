@@ -128,6 +128,7 @@ impl Encoder {
             // Only words have positions; room for what a method lays before them.
             max_positions: length + 1024,
             causal: false,
+            towers: Vec::new(),
             weights,
             head,
             config: Value::Null,
