@@ -124,6 +124,22 @@ impl Prepared {
         Ok(())
     }
 
+    /// Reads another file of rows as the recipe's own are read.
+    ///
+    /// # Errors
+    /// With file and line of the first row that cannot be used.
+    pub fn other_rows(&self, path: &std::path::Path, date: Date) -> Result<Subset> {
+        let rows = Rows {
+            options: &self.recipe.data,
+            tokenizer: &self.tokenizer,
+            max_length: self.plan.max_length,
+            decoder_start: self.opened.checkpoint.model.spec().decoder_start(),
+            date,
+            seed: Seed(self.recipe.seed),
+        };
+        rows.other(path, &self.splits.train.dataset)
+    }
+
     /// Returns the rows that are measured before and after: those of the test file, else the
     /// validation rows, else the training rows.
     pub fn measured(&self) -> (&Subset, bool) {
