@@ -6,8 +6,10 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::commands::combine::CombineArguments;
 use crate::commands::compress::{CompressArguments, DecompressArguments};
+use crate::commands::crash::CrashCommand;
 use crate::commands::diff::DiffArguments;
 use crate::commands::extract::ExtractArguments;
+use crate::commands::graft::GraftCommand;
 use crate::commands::ship::ShipArguments;
 
 /// Tunes pretrained models without Python: few parameters, chosen settings, an ordinary processor.
@@ -157,6 +159,12 @@ pub(crate) enum Command {
     Combine(CombineArguments),
     /// Extracts a LoRA adapter from a full tune.
     Extract(ExtractArguments),
+    /// Tunes a model one does not hold, through an emulator of it (CRaSh, offsite tuning).
+    #[command(subcommand)]
+    Crash(CrashCommand),
+    /// Finds, compares and adds up grafts: the few weights of a tuned model that carry its task.
+    #[command(subcommand)]
+    Graft(GraftCommand),
     /// Measures five ways to ship an adapter with a quantised base, and writes one.
     Ship(ShipArguments),
     /// Shows what changed between two models or two adapters, tensor by tensor.

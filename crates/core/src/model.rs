@@ -99,13 +99,19 @@ pub trait Model: Debug + Send + Sync {
     /// Describes the model.
     fn spec(&self) -> &Arc<ModelSpec>;
 
+    /// Returns how many blocks a forward pass runs; more than the weights have where some are
+    /// repeated.
+    fn depth(&self) -> usize {
+        self.spec().num_layers
+    }
+
     /// Turns tokens into the states that enter the first block.
     ///
     /// # Errors
     /// If a weight cannot be read.
     fn embed(&self, pass: &mut Pass<'_>) -> Result<Tensor<2>>;
 
-    /// Runs one block.
+    /// Runs the block at one place, from 0 to below [`Model::depth`].
     ///
     /// # Shapes
     /// - `x`: `[tokens, width]`
@@ -138,7 +144,7 @@ pub trait Model: Debug + Send + Sync {
     fn forward(&self, pass: &mut Pass<'_>) -> Result<Output> {
         let x = self.embed(pass)?;
         let mut x = pass.at(Site::Embedding, x);
-        for index in 0..self.spec().num_layers {
+        for index in 0..self.depth() {
             x = self.block(pass, index, x)?;
         }
         self.finish(pass, x)

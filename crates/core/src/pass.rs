@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use crate::batch::Batch;
 use crate::change::{Changes, InputView, Mode, Scope, SiteView, StateChange};
@@ -87,7 +87,12 @@ pub struct Pass<'a> {
     sublayer_input: Option<Tensor<2>>,
     /// What entered the blocks whose input a change looks at.
     layer_inputs: BTreeMap<usize, Tensor<2>>,
+    /// The cache's slot of the present block, where it is not the block's own number.
+    slot: Option<usize>,
 }
+
+/// What is in force where a block runs as the base has it.
+static NO_CHANGES: LazyLock<Changes> = LazyLock::new(Changes::default);
 
 impl<'a> Pass<'a> {
     /// Opens a pass over `batch`.
@@ -131,6 +136,7 @@ impl<'a> Pass<'a> {
             marks: BTreeMap::new(),
             sublayer_input: None,
             layer_inputs: BTreeMap::new(),
+            slot: None,
         })
     }
 
@@ -186,6 +192,26 @@ impl<'a> Pass<'a> {
     /// Applies dropout while the pass learns.
     pub fn dropout(&mut self, x: Tensor<2>, rate: f64) -> Tensor<2> {
         self.scope.dropout(x, rate)
+    }
+
+    /// Runs a block at another place of the model than its own, with a slot of the cache to itself;
+    /// `as_base` leaves all changes out.
+    ///
+    /// # Errors
+    /// Those of `body`.
+    pub fn placed<T>(
+        &mut self,
+        slot: usize,
+        as_base: bool,
+        body: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<T> {
+        let before = (self.slot.replace(slot), self.changes);
+        if as_base {
+            self.changes = &NO_CHANGES;
+        }
+        let out = body(self);
+        (self.slot, self.changes) = before;
+        out
     }
 
     /// Returns a vector weight (norm gain or bias) with its changes.
@@ -459,7 +485,7 @@ impl<'a> Pass<'a> {
             let (k, v) = (behind(first_k, k), behind(first_v, v));
             return kernels::attention(q, k, v, &spans, &keys, &options);
         };
-        let documents = cache.layers.entry(layer).or_default();
+        let documents = cache.layers.entry(self.slot.unwrap_or(layer)).or_default();
         kernels::attention_over_cache([q, k, v], prefix.as_ref(), &spans, documents, &options)
     }
 

@@ -6,8 +6,11 @@
 //! - [`generate`](mod@generate) continues prompts with a key-value cache, as [`sampling`] says;
 //! - [`likelihood`] scores continuations, [`choice`] ranks them, [`perplexity`] scores documents;
 //! - [`validation`] measures loss, classes and vectors over batches;
+//! - [`answers`] asks for each label and measures how sure the model is, [`similarity`] how alike its
+//!   layers are;
 //! - [`metrics`] compares answers with references, and says how far a mean can be trusted.
 
+pub mod answers;
 pub mod choice;
 pub mod generate;
 pub mod likelihood;
@@ -15,6 +18,7 @@ pub mod metrics;
 mod pack;
 pub mod perplexity;
 pub mod sampling;
+pub mod similarity;
 pub mod validation;
 
 pub use retune_core::{Error, Result};

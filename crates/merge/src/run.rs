@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::UNIX_EPOCH;
 
 use rayon::prelude::*;
@@ -22,6 +23,8 @@ use crate::vocabulary::Aligned;
 use crate::writer::{Existing, ModelWriter, SHARD_BYTES};
 use crate::{Error, Result};
 
+/// Bytes that are written between two flushes.
+const FLUSH_BYTES: u64 = 1 << 25;
 /// Bytes of a tensor copied at once.
 const STEP_BYTES: usize = 1 << 18;
 /// Configuration keys that hold the number of layers.
@@ -226,26 +229,40 @@ impl Work<'_> {
         let mut open: Vec<(usize, &Job)> =
             jobs.iter().enumerate().filter(|(_, job)| !is_done(job)).collect();
         open.sort_by_key(|(i, job)| (std::cmp::Reverse(bytes_of(&job.spec)), *i));
-        // One job at a time: rayon's own halving would give the largest all to one thread.
-        open.into_par_iter().with_max_len(1).for_each(|(i, job)| {
-            if stop.load(Ordering::Relaxed) {
-                return;
-            }
-            if let Err(error) = self.tensor(job) {
-                stop.store(true, Ordering::Relaxed);
-                failures.lock().unwrap_or_else(PoisonError::into_inner).insert(i, error);
-                return;
-            }
-            let bytes = bytes_of(&job.spec);
-            let progress = Progress {
-                num_done: num_done.fetch_add(1, Ordering::Relaxed) + 1,
-                num_tensors: jobs.len(),
-                done_bytes: done_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes,
-                total_bytes,
-            };
-            if watch(progress).is_break() {
-                stop.store(true, Ordering::Relaxed);
-            }
+        let fail = |i: usize, error: Error| {
+            stop.store(true, Ordering::Relaxed);
+            failures.lock().unwrap_or_else(PoisonError::into_inner).insert(i, error);
+        };
+        std::thread::scope(|scope| {
+            let (tell, told) = channel();
+            scope.spawn(|| {
+                if let Err(error) = self.flush_when_told(told) {
+                    fail(jobs.len(), error);
+                }
+            });
+            // One job at a time: rayon's own halving would give the largest all to one thread.
+            open.into_par_iter().with_max_len(1).for_each(|(i, job)| {
+                if stop.load(Ordering::Relaxed) {
+                    return;
+                }
+                if let Err(error) = self.tensor(job) {
+                    fail(i, error);
+                    return;
+                }
+                let bytes = bytes_of(&job.spec);
+                let progress = Progress {
+                    num_done: num_done.fetch_add(1, Ordering::Relaxed) + 1,
+                    num_tensors: jobs.len(),
+                    done_bytes: done_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes,
+                    total_bytes,
+                };
+                // A flush that failed has ended the thread, and with it the merge.
+                let _ = tell.send(bytes);
+                if watch(progress).is_break() {
+                    stop.store(true, Ordering::Relaxed);
+                }
+            });
+            drop(tell);
         });
         let failures = failures.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, error)) = failures.into_iter().next() {
@@ -253,6 +270,19 @@ impl Work<'_> {
         }
         if stop.into_inner() && num_done.into_inner() < jobs.len() {
             return Err(Error::Stopped);
+        }
+        Ok(())
+    }
+
+    /// Lets the disk write while tensors are merged: told of the bytes of each, flushes now and then.
+    fn flush_when_told(&self, told: Receiver<u64>) -> Result<()> {
+        let mut waiting = 0;
+        for bytes in told {
+            waiting += bytes;
+            if waiting >= FLUSH_BYTES {
+                self.writer.flush()?;
+                waiting = 0;
+            }
         }
         Ok(())
     }

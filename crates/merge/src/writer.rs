@@ -181,6 +181,15 @@ impl ModelWriter {
         Ok(write_file(&self.folder.path().join(name), content)?)
     }
 
+    /// Sends what was written so far to the disk, so that little is left to wait for at the end.
+    ///
+    /// # Errors
+    /// [`Error::Write`] if the disk refuses.
+    pub fn flush(&self) -> Result<()> {
+        let flush = |file: &File| file.sync_data().map_err(|e| self.folder.error(e).into());
+        self.files.iter().try_for_each(flush)
+    }
+
     /// Adds to an error what is kept and how to go on.
     pub fn interrupted(&self, source: Error) -> Error {
         let done = self.journal.lock().unwrap_or_else(PoisonError::into_inner).done;

@@ -1,4 +1,5 @@
-//! A change of whole weights that was computed elsewhere: tuned less base, to be added again.
+//! A change of weights that was computed elsewhere: tuned less base, to be added again; of whole
+//! weights, or of single entries (a graft).
 
 use retune_core::change::{Changes, Scope, WeightChange};
 use retune_core::method::{Card, Method, MethodPlan, PlannedParameter};
@@ -10,6 +11,8 @@ use retune_core::{Error, Result};
 use retune_options::Table;
 use serde_json::{Value, json};
 use tensor::Tensor;
+
+use crate::sparse::{self, Meaning};
 
 /// The type such a change has as an adapter; no PEFT type has this name.
 pub(crate) const PEFT_TYPE: &str = "RETUNE_DIFFERENCE";
@@ -23,20 +26,41 @@ const CARD: Card = Card {
     options: Vec::new,
 };
 
-/// A task vector: differences of weights by name, and weights that are replaced whole.
+/// A task vector: differences of weights by name, of whole weights or of single entries, and weights
+/// that are replaced whole.
 #[derive(Debug, Clone, Default)]
 pub struct Difference {
     changed: Vec<String>,
     replaced: Vec<String>,
+    sparse: Vec<String>,
 }
 
 impl Difference {
+    /// Makes a change of single entries of the weights `sparse`, beside weights that are replaced.
+    pub fn of_entries(sparse: Vec<String>, replaced: Vec<String>) -> Self {
+        Self { changed: Vec::new(), replaced, sparse }
+    }
+
+    /// Returns the weights that are replaced whole.
+    pub fn replaced(&self) -> &[String] {
+        &self.replaced
+    }
+
+    /// Returns the weights of which single entries change.
+    pub fn sparse(&self) -> &[String] {
+        &self.sparse
+    }
+
     /// Reads the lists of an adapter configuration of this type.
     ///
     /// # Errors
     /// If a list is missing or holds something else than names.
     pub fn from_adapter(config: &Value) -> Result<Self> {
         let list = |key: &str| -> Result<Vec<String>> {
+            // Files of earlier versions have no list of entries.
+            if key == "sparse" && config.get(key).is_none() {
+                return Ok(Vec::new());
+            }
             let names = config.get(key).and_then(Value::as_array);
             names
                 .and_then(|names| names.iter().map(|n| n.as_str().map(str::to_owned)).collect())
@@ -48,7 +72,8 @@ impl Difference {
                     help: "the file is damaged; compress the change again".to_owned(),
                 })
         };
-        Ok(Self { changed: list("changed")?, replaced: list("replaced")? })
+        let (changed, replaced) = (list("changed")?, list("replaced")?);
+        Ok(Self { changed, replaced, sparse: list("sparse")? })
     }
 
     /// Lists the weights of the model that change; those it has not are found when values are
@@ -123,9 +148,15 @@ impl Method for Difference {
             place: weight.name.clone(),
             trains: true,
         };
+        let entries = |weight: &WeightSpec| PlannedParameter {
+            name: sparse::name(weight),
+            shape: vec![0],
+            ..plan(weight)
+        };
         let parameters = Self::weights(spec, &self.changed)
             .chain(Self::weights(spec, &self.replaced))
             .map(plan)
+            .chain(Self::weights(spec, &self.sparse).map(entries))
             .collect();
         Ok(MethodPlan { parameters, notes: Vec::new() })
     }
@@ -146,10 +177,15 @@ impl Method for Difference {
                 changes.change_weight(&weight.name, Stored { value, matrix, transposed, replaces });
             }
         }
+        for weight in Self::weights(&spec, &self.sparse) {
+            let none = (Vec::new(), Vec::new());
+            sparse::attach(weight, none.0, none.1, Meaning::Difference, parameters, &mut changes);
+        }
         Ok(changes)
     }
 
     fn adapter_config(&self, _spec: &ModelSpec) -> Option<Value> {
-        Some(json!({"peft_type": PEFT_TYPE, "changed": self.changed, "replaced": self.replaced}))
+        Some(json!({"peft_type": PEFT_TYPE, "changed": self.changed, "replaced": self.replaced,
+            "sparse": self.sparse}))
     }
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::config::Config;
+use crate::emulator::as_configured;
 use crate::fingerprint::{Part, fingerprint};
 use crate::folder::{FolderSource, read_config};
 use crate::fresh::FreshHead;
@@ -147,7 +148,7 @@ pub fn open_for(path: &Path, task: &Task, seed: Seed) -> Result<Checkpoint> {
     }
     let family = crate::family(&saved)?;
     let (config, keep) = for_task(saved, &family.classes, task)?;
-    let model = (family.build)(&config)?;
+    let model = as_configured((family.build)(&config)?, &config)?;
     let spec = Arc::clone(model.spec());
     let (kind, stored, unused): (FileKind, Arc<dyn WeightSource>, Vec<String>) = match &files {
         Files::Gguf(file) => {

@@ -20,6 +20,7 @@ mod checkpoint;
 mod clip;
 pub mod config;
 mod decoder;
+mod emulator;
 pub mod export;
 mod fingerprint;
 pub mod folder;
@@ -39,6 +40,7 @@ mod vit;
 mod weight_list;
 
 pub use checkpoint::{Checkpoint, FileKind, open, open_for};
+pub use emulator::{EMULATOR_KEY, Emulator};
 pub use folder::{FolderSource, read_config};
 pub use fresh::{Beginning, FreshHead};
 pub use heads::Task;
@@ -91,7 +93,7 @@ fn family(config: &Config) -> Result<&'static Family> {
 /// # Errors
 /// If the type is unknown, or its configuration has a number missing or impossible.
 pub fn build(config: &Config) -> Result<Box<dyn Model>> {
-    (family(config)?.build)(config)
+    emulator::as_configured((family(config)?.build)(config)?, config)
 }
 
 /// Builds the model a configuration describes for a task of the caller's choice.
@@ -101,7 +103,7 @@ pub fn build(config: &Config) -> Result<Box<dyn Model>> {
 pub fn build_for(config: &Config, task: &Task) -> Result<Box<dyn Model>> {
     let family = family(config)?;
     let (config, _) = heads::for_task(config.clone(), &family.classes, task)?;
-    (family.build)(&config)
+    emulator::as_configured((family.build)(&config)?, &config)
 }
 
 /// Reads the activation of a feed-forward network, `usual` where the key is absent.

@@ -129,6 +129,23 @@ impl Prepared {
         Ok(())
     }
 
+    /// Reads another file of rows as the recipe's own are read.
+    ///
+    /// # Errors
+    /// With file and line of the first row that cannot be used.
+    pub fn other_rows(&self, path: &std::path::Path, date: Date) -> Result<Subset> {
+        let rows = Rows {
+            options: &self.recipe.data,
+            spec: self.opened.checkpoint.model.spec(),
+            model: &self.located.path,
+            tokenizer: self.tokenizer.as_ref(),
+            max_length: self.plan.max_length,
+            date,
+            seed: Seed(self.recipe.seed),
+        };
+        rows.other(path, &self.splits.train.dataset)
+    }
+
     /// Returns the rows that are measured before and after: those of the test file, else the
     /// validation rows, else the training rows.
     pub fn measured(&self) -> (&Subset, bool) {

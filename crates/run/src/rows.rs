@@ -208,17 +208,12 @@ impl Rows<'_> {
     /// With file and line of the first row that cannot be used, unless broken lines are skipped.
     pub fn splits(&self) -> Result<Splits> {
         let train = self.file(&self.options.train, None)?;
-        let labels = train.labels().cloned();
         let train = std::sync::Arc::new(train);
         let mut all: Vec<usize> = (0..train.len()).collect();
         if self.options.limit > 0 {
             all.truncate(self.options.limit);
         }
-        let other = |path: &Path| -> Result<Subset> {
-            let dataset = std::sync::Arc::new(self.file(path, labels.clone())?);
-            let rows = (0..dataset.len()).collect();
-            Ok(Subset { dataset, rows })
-        };
+        let other = |path: &Path| self.other(path, &train);
         let test = self.options.test.as_deref().map(other).transpose()?;
         let fraction = self.options.validation_fraction;
         let (rows, validation) = match &self.options.validation {
@@ -230,6 +225,16 @@ impl Rows<'_> {
             None => (all, None),
         };
         Ok(Splits { train: Subset { dataset: train, rows }, validation, test })
+    }
+
+    /// Prepares another file with the labels of the training rows.
+    ///
+    /// # Errors
+    /// As [`Rows::splits`].
+    pub fn other(&self, path: &Path, train: &RowSet) -> Result<Subset> {
+        let dataset = std::sync::Arc::new(self.file(path, train.labels().cloned())?);
+        let rows = (0..dataset.len()).collect();
+        Ok(Subset { dataset, rows })
     }
 
     /// Parts rows by a seeded hash of their content, so that equal rows stay on one side.

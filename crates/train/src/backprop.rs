@@ -261,7 +261,7 @@ fn recomputed(
         }));
     }
     let model = tuned.model;
-    let num_layers = model.spec().num_layers;
+    let num_layers = model.depth();
     // The embedding's own graph is kept: its output is the first layer's input.
     let embedded = model.embed(pass)?;
     let embedded = pass.at(Site::Embedding, embedded);
@@ -284,7 +284,8 @@ fn recomputed(
     for index in (0..num_layers).rev() {
         let Some(gradient) = upstream else { return Ok(value) };
         let Some(input) = inputs.pop() else { return Ok(value) };
-        // Below the lowest change nothing trains, unless the embedding does.
+        // Below the lowest change nothing trains, unless the embedding does; a repeated block never
+        // stands below its own number.
         if index < lowest && !embedded.is_tracked() {
             return Ok(value);
         }

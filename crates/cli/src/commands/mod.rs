@@ -5,6 +5,7 @@ mod claims;
 pub(crate) mod combine;
 mod compare;
 pub(crate) mod compress;
+pub(crate) mod crash;
 mod describe;
 pub(crate) mod diff;
 mod docs;
@@ -13,6 +14,7 @@ mod eval;
 mod export;
 pub(crate) mod extract;
 mod generate;
+pub(crate) mod graft;
 mod init;
 mod logits;
 mod merge;
@@ -60,6 +62,8 @@ pub(crate) fn dispatch(arguments: Arguments) -> Result<(), Failure> {
         Command::Decompress(arguments) => compress::decompress(&arguments, json),
         Command::Combine(arguments) => combine::combine(&arguments, json),
         Command::Extract(arguments) => extract::extract(&arguments, json),
+        Command::Crash(command) => crash::run(&command, json),
+        Command::Graft(command) => graft::run(&command, json),
         Command::Ship(arguments) => ship::ship(&arguments, json),
         Command::Diff(arguments) => diff::diff(&arguments, json),
         Command::Doctor { recipe, rows } => doctor::doctor(&recipe, rows, json),

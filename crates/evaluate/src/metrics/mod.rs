@@ -1,10 +1,12 @@
 //! Measures of answers, classes and scores, and how far a mean of them can be trusted.
 
+mod calibration;
 mod classes;
 mod correlation;
 mod spread;
 mod text;
 
+pub use calibration::expected_calibration_error;
 pub use classes::{accuracy, macro_f1, matthews};
 pub use correlation::{pearson, spearman};
 pub use spread::{bootstrap_error, deviation, mean, standard_error};

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use crate::{Error, Result};
 
-/// Values of a chunk and input: few enough for a core's cache, enough to hide a read's cost.
-const CHUNK: usize = 1 << 16;
+/// Values of a chunk and input: few enough that those of several inputs lie in a core's own cache and
+/// their memory is used again for the next tensor, enough to hide a read's cost.
+const CHUNK: usize = 1 << 14;
 
 /// The values of one input's tensor.
 pub trait Values: Sync + std::fmt::Debug {
