@@ -26,8 +26,9 @@ pub(crate) const CLAIM: Claim = Claim {
           log-mel bins; a transformer of 4 layers and width 64, a token per frame, pretrained on 800 \
           clips to tell 8 kinds of modulation (12 passes); tuned to tell direction and rate (5 \
           classes) with 480 clips (6 passes of batches of 16), and with 4 and 16 clips of each class \
-          (60 steps, the same rates). New head, read from the mean of all tokens, in every method. For \
-          each method the better of two rates on 120 clips, measured on 400; five seeds.",
+          (40 steps). New head, read from the mean of all tokens, in every method. Rates are the study's \
+          (prompts 1e-2, the others 5e-3; full tuning 1e-3); probe and BitFit take the better of two \
+          on 120 clips. Measured on 400; five seeds.",
     quick: false,
     prove,
 };
@@ -52,40 +53,40 @@ const ARMS: [Arm; 9] = [
         name: "deep prompts",
         method: "autopeft",
         options: "parallel = { size = 0 }\nprompt = { tokens = 32 }",
-        rates: &[5e-3, 2e-2],
+        rates: &[1e-2],
     },
     Arm {
         name: "LoRA",
         method: "lora",
         options: "rank = 8\nalpha = 8\ntargets = ['q_proj', 'v_proj']",
-        rates: &[2e-3, 1e-2],
+        rates: &[5e-3],
     },
     Arm {
         name: PARALLEL,
         method: "autopeft",
         options: "parallel = { size = 16, activation = 'gelu' }",
-        rates: &[2e-3, 1e-2],
+        rates: &[5e-3],
     },
     Arm {
         name: "parallel adapter with residual",
         method: "autopeft",
         options: "parallel = { size = 16, activation = 'gelu', residual = 'on' }",
-        rates: &[2e-3, 1e-2],
+        rates: &[5e-3],
     },
     Arm {
         name: "sequential adapter",
         method: "autopeft",
         options: "parallel = { size = 0 }\nserial = { size = 16, activation = 'gelu' }",
-        rates: &[2e-3, 1e-2],
+        rates: &[5e-3],
     },
     Arm {
         name: "sequential adapter without residual",
         method: "autopeft",
         options: "parallel = { size = 0 }\nserial = { size = 16, activation = 'gelu', residual = 'off', \
                   start = 'bert' }",
-        rates: &[2e-3, 1e-2],
+        rates: &[5e-3],
     },
-    Arm { name: "full", method: "full", options: "", rates: &[3e-4, 1e-3] },
+    Arm { name: "full", method: "full", options: "", rates: &[1e-3] },
 ];
 
 /// Clips of each class to tune on, where they are few.
@@ -169,7 +170,7 @@ fn one_seed(seed: Seed) -> Result<Vec<Vec<Reached>>> {
     for count in SHOTS {
         let few = Rows { train: first_of_each(&rows.train, &clips, count), ..rows.clone() };
         let again = |(arm, reached): (&Arm, &Reached)| {
-            let pace = Pace::steps(60, 16, reached.rate).cosine();
+            let pace = Pace::steps(40, 16, reached.rate).cosine();
             Ok(arm.reach_at(&lab, &few, pace, seed)?.1)
         };
         found.push(ARMS.iter().zip(&all).map(again).collect::<Result<Vec<Reached>>>()?);

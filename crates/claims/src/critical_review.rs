@@ -21,7 +21,7 @@ pub(crate) const CLAIM: Claim = Claim {
     claims: "With equal trials several parameter-efficient methods reach full tuning's average within \
              noise; the head alone and a prompt alone do not.",
     run: "An encoder of 4 layers and width 32 pretrained to restore texts of 32 words, 15 % of them \
-          hidden (words of one of 8 topics, every second text the same words twice; 2500 steps of 32); \
+          hidden (words of one of 8 topics, every second text the same words twice; 1500 steps of 32); \
           three tasks: which of two topics has more words, whether both halves have the same words, \
           which of two words comes first; 800 rows of each, 3 passes in batches of 8, the better of \
           two rates on 200 rows, measured on 500; three seeds.",
@@ -255,7 +255,7 @@ fn task_lab(task: Task, name: &str, base: &Values, seed: Seed) -> Lab {
 /// Pretrains on hidden words.
 fn restored(seed: Seed) -> Result<Values> {
     let lab = Lab::new(encoder(None), Vec::new(), seed);
-    let pace = Pace::steps(2500, 32, 3e-3);
+    let pace = Pace::steps(1500, 32, 3e-3);
     let full = method("full", "")?;
     lab.walk(full, &mut Riddles(seed), pace, seed, Watch::nothing(&mut Silent), |training| {
         lab.merged(&training.tuned())

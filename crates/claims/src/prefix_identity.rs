@@ -100,3 +100,11 @@ impl Weighted {
         Self { sum, mean: mean.map(|value| value / sum) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn both_sides_agree() {
+        assert!(super::prove().holds());
+    }
+}
