@@ -40,7 +40,7 @@ impl Emulator {
             found,
             help: "make the emulator again".to_owned(),
         };
-        if model.spec().decoder_start().is_some() {
+        if model.spec().has_sides() {
             return Err(Error::Unsupported {
                 what: format!("an emulator of {}", model.spec().class),
                 help: "use a model with one stack of blocks".to_owned(),

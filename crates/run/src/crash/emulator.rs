@@ -227,7 +227,8 @@ pub fn write(prepared: &Prepared, choice: &Choice, output: &Path) -> Result<Mani
     let spec = small_spec(full, blocks, &manifest)?;
 
     let mut others: Vec<(String, Vec<u8>)> = Vec::new();
-    for (name, text) in Tokenizer::to_folder_files(&prepared.tokenizer)? {
+    let tokenizer = prepared.tokenizer.as_ref().map(Tokenizer::to_folder_files).transpose()?;
+    for (name, text) in tokenizer.unwrap_or_default() {
         others.push((name.to_owned(), text.into_bytes()));
     }
     let card = card(prepared, blocks, &manifest, &spec, output);
@@ -262,7 +263,7 @@ fn small_spec(full: &ModelSpec, blocks: &Blocks, manifest: &Manifest) -> Result<
     let unsupported = |what: String, help: &str| {
         Error::Core(retune_core::Error::Unsupported { what, help: help.to_owned() })
     };
-    if full.decoder_start().is_some() {
+    if full.has_sides() {
         let help = "use a model with one stack of blocks";
         return Err(unsupported(format!("an emulator of {}", full.class), help));
     }
