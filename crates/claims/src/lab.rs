@@ -13,7 +13,7 @@ use retune_core::random::Seed;
 use retune_core::spec::{Kind, ModelSpec, WeightSpec};
 use retune_core::weights::{Packing, Stored, WeightSource, Weights};
 use retune_methods::registry;
-use retune_train::optimizer::AdamW;
+use retune_train::optimizer::{AdamW, Optimizer};
 use retune_train::schedule::{Schedule, Shape};
 use retune_train::training::{BatchSource, Training, Walk};
 use tensor::Device;
@@ -227,13 +227,29 @@ impl Lab {
         seed: Seed,
         look: impl FnOnce(&Training<'_>) -> Result<T>,
     ) -> Result<T> {
+        let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
+        self.train_with(method, Box::new(optimizer), rows, pace, seed, look)
+    }
+
+    /// Trains as [`Lab::train`], with another optimiser than AdamW.
+    ///
+    /// # Errors
+    /// As [`Lab::train`].
+    pub(crate) fn train_with<T>(
+        &self,
+        method: Box<dyn Method>,
+        optimizer: Box<dyn Optimizer>,
+        rows: &[usize],
+        pace: Pace,
+        seed: Seed,
+        look: impl FnOnce(&Training<'_>) -> Result<T>,
+    ) -> Result<T> {
         let weights = self.weights()?;
         let mut batches = Shuffled::new(self, rows, pace.batch, seed);
         let folder = tempfile::tempdir()?;
-        let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
         let walk = walk(pace, seed, folder.path());
         let model = self.model.as_ref();
-        let mut training = Training::new(model, &weights, method, Box::new(optimizer), walk)?;
+        let mut training = Training::new(model, &weights, method, optimizer, walk)?;
         training.walk(&mut batches, None, &mut Silent)?;
         look(&training)
     }
@@ -248,6 +264,16 @@ impl Lab {
             Ok((weight.name.clone(), retune_run::export::merged(tuned, weight)?))
         };
         weights.map(merge).collect()
+    }
+
+    /// Lays rows into one batch.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub(crate) fn batch(&self, rows: &[usize]) -> Result<Batch> {
+        let documents: Vec<Document> =
+            rows.iter().map(|row| self.documents[*row].clone()).collect();
+        Ok(Batch::new(&documents)?)
     }
 
     /// Computes the class logits of `rows` with a method in force.

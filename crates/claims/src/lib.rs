@@ -4,14 +4,20 @@
 //! what must appear and whether it did. What does not hold is reported as such: a proof asserts
 //! what its paper or the retelling of it claims at this scale, and nothing is tuned until it fits.
 
+mod breadcrumbs;
 mod compeft;
+mod crash;
 mod encoder;
 mod error;
+mod grafting;
 mod lab;
+mod lt_sft;
+mod merging;
 mod mlp;
 mod page;
 mod pictures;
 mod prefix_identity;
+mod residual;
 mod ssf;
 mod survey;
 
@@ -75,7 +81,16 @@ impl Proof {
 }
 
 /// All claims, by number.
-pub const CLAIMS: &[Claim] = &[survey::CLAIM, prefix_identity::CLAIM, ssf::CLAIM, compeft::CLAIM];
+pub const CLAIMS: &[Claim] = &[
+    survey::CLAIM,
+    grafting::CLAIM,
+    prefix_identity::CLAIM,
+    crash::CLAIM,
+    ssf::CLAIM,
+    compeft::CLAIM,
+    breadcrumbs::CLAIM,
+    lt_sft::CLAIM,
+];
 
 /// Writes figures of several seeds, to three places.
 fn each(values: &[f64]) -> String {
