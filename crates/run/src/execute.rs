@@ -21,6 +21,7 @@ use retune_core::model::Tuned;
 use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
 use retune_evaluate::validation::validate;
+use retune_files::atomic::write_file;
 use retune_methods::adapter::{Adapter, BaseIdentity};
 use retune_train::training::{Training, Validation, Walk};
 
@@ -216,6 +217,7 @@ fn walk(
     report.cost.train_s = train_s;
     report.cost.total_s = (environment.clock)() - started;
     report.files = files;
+    add_to_cards(&folder, &report)?;
     finish(&folder, &mut report, environment)?;
     Ok(Done { folder, report })
 }
@@ -244,6 +246,16 @@ fn read_measurement(folder: &RunFolder) -> Result<Option<Measurement>> {
         return Ok(None);
     }
     Ok(serde_json::from_str(&folder.read("before.json")?).ok())
+}
+
+/// Adds what was measured to the cards beside the result.
+fn add_to_cards(folder: &RunFolder, report: &RunReport) -> Result<()> {
+    for file in &report.files {
+        let path = folder.file(&file.path).join("README.md");
+        let card = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, "read", e))?;
+        write_file(&path, crate::card::with_results(&card, report).as_bytes())?;
+    }
+    Ok(())
 }
 
 /// Writes the adapter, or the whole model where the method has no adapter form.
