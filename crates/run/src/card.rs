@@ -3,15 +3,16 @@
 use std::fmt::Write;
 
 use crate::prepare::Prepared;
+use retune_core::method::Card;
 
 /// Writes the card of an adapter, with the hub's front matter.
-pub fn adapter_card(prepared: &Prepared) -> String {
-    card(prepared, "peft")
+pub fn adapter_card(prepared: &Prepared, method: &Card) -> String {
+    card(prepared, "peft", method)
 }
 
 /// Writes the card of a tuned model, with the hub's front matter.
 pub fn model_card(prepared: &Prepared) -> String {
-    card(prepared, "transformers")
+    card(prepared, "transformers", &prepared.recipe.method.card())
 }
 
 /// Writes the card of a model that was merged from a base and an adapter.
@@ -56,9 +57,8 @@ pub fn derived_card(derived: &Derived<'_>) -> String {
     text
 }
 
-fn card(prepared: &Prepared, library: &str) -> String {
+fn card(prepared: &Prepared, library: &str, card: &Card) -> String {
     let plan = &prepared.plan;
-    let card = prepared.recipe.method.card();
     let mut text = format!("---\nlibrary_name: {library}\n");
     // Errors of writing into a String do not happen.
     let mut line = |content: &str| {
@@ -80,6 +80,12 @@ fn card(prepared: &Prepared, library: &str) -> String {
     line("| | |");
     line("|---|---|");
     line(&format!("| base | `{}` (`{}`) |", plan.model.name, plan.model.fingerprint));
+    if !prepared.recipe.method.parts().is_empty() {
+        line(&format!("| trained together, in this order | {} |", plan.method));
+    }
+    for lower in &prepared.opened.under {
+        line(&format!("| on top of | `{}` (`{}`) |", lower.name, lower.fingerprint));
+    }
     line(&format!("| trained values | {} of {} |", plan.num_trainable, plan.model.num_parameters));
     line(&format!(
         "| data | `{}`, {} rows |",
