@@ -6,15 +6,16 @@ use serde_json::Value;
 
 use crate::artefacts::report::{Metric, RunReport};
 use crate::prepare::Prepared;
+use retune_core::method::Card;
 
 /// Writes the card of an adapter, with the hub's front matter.
-pub fn adapter_card(prepared: &Prepared) -> String {
-    card(prepared, "peft")
+pub fn adapter_card(prepared: &Prepared, method: &Card) -> String {
+    card(prepared, "peft", method)
 }
 
 /// Writes the card of a tuned model, with the hub's front matter.
 pub fn model_card(prepared: &Prepared) -> String {
-    card(prepared, "transformers")
+    card(prepared, "transformers", &prepared.recipe.method.card())
 }
 
 /// Adds what was measured to a card: the hub's `metrics` and `model-index`, and a table.
@@ -120,9 +121,8 @@ pub fn derived_card(derived: &Derived<'_>) -> String {
     text
 }
 
-fn card(prepared: &Prepared, library: &str) -> String {
+fn card(prepared: &Prepared, library: &str, card: &Card) -> String {
     let plan = &prepared.plan;
-    let card = prepared.recipe.method.card();
     let mut text = format!("---\nlibrary_name: {library}\n");
     // Errors of writing into a String do not happen.
     let mut line = |content: &str| {
@@ -144,6 +144,12 @@ fn card(prepared: &Prepared, library: &str) -> String {
     line("| | |");
     line("|---|---|");
     line(&format!("| base | `{}` (`{}`) |", plan.model.name, plan.model.fingerprint));
+    if !prepared.recipe.method.parts().is_empty() {
+        line(&format!("| trained together, in this order | {} |", plan.method));
+    }
+    for lower in &prepared.opened.under {
+        line(&format!("| on top of | `{}` (`{}`) |", lower.name, lower.fingerprint));
+    }
     line(&format!("| trained values | {} of {} |", plan.num_trainable, plan.model.num_parameters));
     line(&format!(
         "| data | `{}`, {} rows |",

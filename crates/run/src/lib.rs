@@ -3,6 +3,7 @@
 //! [`recipe`] is what a person wrote, [`plan`] what it means, [`prepare`] everything before step 1,
 //! [`execute`] the walk itself, [`folder`] what is left behind.
 
+pub mod adapters;
 pub mod artefacts;
 mod builtin;
 pub mod card;
@@ -18,6 +19,7 @@ pub mod extract;
 pub mod folder;
 pub mod graft;
 pub mod measure;
+mod merged;
 pub mod open;
 pub mod plan;
 pub mod prefetch;
@@ -25,5 +27,6 @@ pub mod prepare;
 pub mod recipe;
 pub mod rows;
 pub mod ship;
+pub mod structured;
 
 pub use error::{Error, Result};

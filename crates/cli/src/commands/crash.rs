@@ -137,14 +137,15 @@ pub(crate) fn run(command: &CrashCommand, json: bool) -> Result<(), Failure> {
         CrashCommand::Collect { emulator, adapter, output } => {
             check_free(output, false)?;
             let name = emulator.display().to_string();
-            let session = Session::open(&name, adapter.as_deref(), false, false, json)?;
+            let adapters: Vec<PathBuf> = adapter.iter().cloned().collect();
+            let session = Session::open(&name, &adapters, false, false, json)?;
             let moved = collect(emulator, &session.tuned(), output)?;
             show(&moved, "collected", output, json);
             Ok(())
         }
         CrashCommand::PlugIn { model, layers, output, dtype, force } => {
             check_free(output, false)?;
-            let session = Session::open(model, None, false, false, json)?;
+            let session = Session::open(model, &[], false, false, json)?;
             // A folder without a tokenizer can still be tuned.
             let tokenizer = session.tokenizer().ok();
             let dtype = match dtype.as_str() {
