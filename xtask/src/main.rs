@@ -25,6 +25,9 @@ usage: cargo xtask COMMAND
         [--peer PYTHON]             the same steps in PyTorch + PEFT, taking turns
         [--chats FILE]              JSONL of `messages`, for the case `chats`
         [--only CASE]... [--rounds N] [--num-steps N] [--json]
+        [--methods all|NAME,NAME]   what a step of each method costs, beside one of LoRA
+        [--program FILE]            a program that is built already
+        [--into FILE]               adds the rows to a file, so that pieces make one table
 ";
 
 /// A command's end: nothing, or what went wrong and what to do.

@@ -15,6 +15,10 @@ pub enum Error {
     #[error(transparent)]
     Train(#[from] retune_train::Error),
 
+    /// Grafting, or tuning through an emulator, failed.
+    #[error(transparent)]
+    Run(#[from] retune_run::Error),
+
     /// Merging or compressing failed.
     #[error(transparent)]
     Merge(#[from] retune_merge::Error),

@@ -13,7 +13,7 @@ use retune_core::random::Seed;
 use retune_core::spec::{Kind, ModelSpec, WeightSpec};
 use retune_core::weights::{Packing, Stored, WeightSource, Weights};
 use retune_methods::registry;
-use retune_train::optimizer::AdamW;
+use retune_train::optimizer::{AdamW, Optimizer};
 use retune_train::schedule::{Schedule, Shape};
 use retune_train::training::{BatchSource, Training, Validation, Walk};
 use tensor::Device;
@@ -280,6 +280,24 @@ impl Lab {
         self.walk(method, &mut batches, pace, seed, Watch::nothing(&mut Silent), look)
     }
 
+    /// Trains as [`Lab::train`], with another optimiser than AdamW.
+    ///
+    /// # Errors
+    /// As [`Lab::train`].
+    pub(crate) fn train_with<T>(
+        &self,
+        method: Box<dyn Method>,
+        optimizer: Box<dyn Optimizer>,
+        rows: &[usize],
+        pace: Pace,
+        seed: Seed,
+        look: impl FnOnce(&Training<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let mut batches = self.source(rows, pace, seed);
+        let watch = Watch::nothing(&mut Silent);
+        self.walk_with(method, optimizer, &mut batches, pace, seed, watch, look)
+    }
+
     /// Tunes with a method on batches of any kind, while someone watches.
     ///
     /// # Errors
@@ -293,12 +311,25 @@ impl Lab {
         watch: Watch<'_>,
         look: impl FnOnce(&Training<'_>) -> Result<T>,
     ) -> Result<T> {
+        let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
+        self.walk_with(method, Box::new(optimizer), batches, pace, seed, watch, look)
+    }
+
+    fn walk_with<T>(
+        &self,
+        method: Box<dyn Method>,
+        optimizer: Box<dyn Optimizer>,
+        batches: &mut dyn BatchSource,
+        pace: Pace,
+        seed: Seed,
+        watch: Watch<'_>,
+        look: impl FnOnce(&Training<'_>) -> Result<T>,
+    ) -> Result<T> {
         let weights = self.weights()?;
         let folder = tempfile::tempdir()?;
-        let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
         let walk = Walk { evaluate_every: watch.every, ..walk(pace, seed, folder.path()) };
         let model = self.model.as_ref();
-        let mut training = Training::new(model, &weights, method, Box::new(optimizer), walk)?;
+        let mut training = Training::new(model, &weights, method, optimizer, walk)?;
         training.walk(batches, watch.validation, watch.observer)?;
         look(&training)
     }
@@ -324,6 +355,16 @@ impl Lab {
             Ok((weight.name.clone(), retune_run::export::merged(tuned, weight)?))
         };
         weights.map(merge).collect()
+    }
+
+    /// Lays rows into one batch.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub(crate) fn batch(&self, rows: &[usize]) -> Result<Batch> {
+        let documents: Vec<Document> =
+            rows.iter().map(|row| self.documents[*row].clone()).collect();
+        Ok(Batch::new(&documents)?)
     }
 
     /// Computes the class logits of `rows` with a method in force.

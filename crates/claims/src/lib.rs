@@ -8,20 +8,26 @@ mod aside;
 mod ast_petl;
 mod audio;
 mod bottleneck_shapes;
+mod breadcrumbs;
 mod compeft;
 mod configurations;
 mod contest;
+mod crash;
 mod critical_review;
 mod design_table;
 mod encoder;
 mod error;
 mod families;
+mod grafting;
 mod lab;
+mod lt_sft;
 mod mask_tuning;
+mod merging;
 mod mlp;
 mod page;
 mod pictures;
 mod prefix_identity;
+mod residual;
 mod retrieval;
 mod rotated;
 mod ssf;
@@ -94,12 +100,16 @@ pub const CLAIMS: &[Claim] = &[
     aside::CLAIM,
     ast_petl::CLAIM,
     survey::CLAIM,
+    grafting::CLAIM,
     bottleneck_shapes::CLAIM,
     design_table::CLAIM,
     critical_review::CLAIM,
+    crash::CLAIM,
     ssf::CLAIM,
     mask_tuning::CLAIM,
     compeft::CLAIM,
+    breadcrumbs::CLAIM,
+    lt_sft::CLAIM,
 ];
 
 /// Writes figures of several seeds, to three places.

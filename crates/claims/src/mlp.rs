@@ -95,6 +95,13 @@ impl Mlp {
         Self { spec: Arc::new(spec), inputs }
     }
 
+    /// Gives the head another role: methods train one that is new, whatever else they train.
+    pub(crate) fn with_head_as(mut self, role: Role) -> Self {
+        let spec = Arc::make_mut(&mut self.spec);
+        spec.weights.iter_mut().filter(|w| w.role == Role::Head).for_each(|w| w.role = role);
+        self
+    }
+
     /// Puts a scale and a shift of each input before the first layer, for methods that work on them.
     pub(crate) fn with_scaled_input(mut self) -> Self {
         let spec = Arc::make_mut(&mut self.spec);

@@ -76,6 +76,17 @@ impl Pictures {
         self.taken(|place| order[place])
     }
 
+    /// Puts `count` pixels, drawn from a seed, in each other's places, the same in every picture.
+    pub(crate) fn with_moved(&self, count: usize, seed: Seed) -> Self {
+        let mut random = seed.stream("moved pixels", &[]);
+        let places = random.choose(PIXELS, count);
+        let mut order: Vec<usize> = (0..PIXELS).collect();
+        let mut from = places.clone();
+        random.shuffle(&mut from);
+        places.into_iter().zip(from).for_each(|(to, from)| order[to] = from);
+        self.taken(|place| order[place])
+    }
+
     /// Gives the digits other names, drawn from a seed, the same for every picture.
     pub(crate) fn renamed(&self, seed: Seed) -> Self {
         let mut names: Vec<u32> = (0..DIGITS as u32).collect();

@@ -73,9 +73,9 @@ pub(crate) enum Command {
         /// The recipe.
         #[command(flatten)]
         recipe: RecipeArguments,
-        /// An adapter folder; the base alone where absent.
-        #[arg(long)]
-        adapter: Option<PathBuf>,
+        /// Adapter folders, each on top of those before it; the base alone where absent.
+        #[arg(long = "adapter")]
+        adapters: Vec<PathBuf>,
         /// Uses an adapter of another base.
         #[arg(long)]
         force: bool,
@@ -99,9 +99,9 @@ pub(crate) enum Command {
         /// Catalogue name, hf:org/name, folder or .gguf file.
         #[arg(long)]
         model: String,
-        /// An adapter folder.
-        #[arg(long)]
-        adapter: Option<PathBuf>,
+        /// Adapter folders, each on top of those before it.
+        #[arg(long = "adapter")]
+        adapters: Vec<PathBuf>,
         /// A safetensors file with `input_ids` [B, T] and, where needed, `attention_mask` and
         /// `token_type_ids`; for models that read images `pixel_values` [B, C, H, W].
         #[arg(long)]
@@ -115,14 +115,14 @@ pub(crate) enum Command {
     },
     /// Merges models as a plan says: mergekit's YAML, or `[merge]` of a recipe.
     Merge(MergeArguments),
-    /// Merges an adapter into its base and writes a Hugging Face folder.
+    /// Merges adapters into their base and writes a Hugging Face folder.
     MergeAdapter {
         /// Catalogue name, hf:org/name, folder or .gguf file.
         #[arg(long)]
         model: String,
-        /// The adapter folder.
-        #[arg(long)]
-        adapter: PathBuf,
+        /// The adapter folders, each on top of those before it.
+        #[arg(long = "adapter", required = true)]
+        adapters: Vec<PathBuf>,
         /// The folder to write.
         #[arg(long)]
         output: PathBuf,
@@ -138,11 +138,12 @@ pub(crate) enum Command {
         /// Catalogue name, hf:org/name, folder or .gguf file.
         #[arg(long)]
         model: String,
-        /// An adapter folder, merged in (or written alone with `--format gguf-lora`).
-        #[arg(long)]
-        adapter: Option<PathBuf>,
-        /// The format.
-        #[arg(long, value_parser = ["gguf-f16", "gguf-q8_0", "gguf-f32", "gguf-lora", "hf"])]
+        /// Adapter folders, merged in one after another (or one, written alone with `--format
+        /// gguf-lora`).
+        #[arg(long = "adapter")]
+        adapters: Vec<PathBuf>,
+        /// The format; `hf-pruned` cuts out heads and inner neurons that put out nothing.
+        #[arg(long, value_parser = ["gguf-f16", "gguf-q8_0", "gguf-f32", "gguf-lora", "hf", "hf-pruned"])]
         format: String,
         /// The file or folder to write.
         #[arg(long)]
@@ -258,9 +259,9 @@ pub(crate) struct ModelArguments {
     /// Catalogue name, hf:org/name, folder or .gguf file.
     #[arg(long)]
     pub(crate) model: String,
-    /// An adapter folder.
-    #[arg(long)]
-    pub(crate) adapter: Option<PathBuf>,
+    /// Adapter folders, each on top of those before it.
+    #[arg(long = "adapter")]
+    pub(crate) adapters: Vec<PathBuf>,
     /// Tokens generated at most.
     #[arg(long, default_value_t = 256)]
     pub(crate) max_new_tokens: usize,

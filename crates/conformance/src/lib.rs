@@ -11,6 +11,7 @@
 
 pub mod case;
 pub mod checks;
+pub mod pairs;
 pub mod subject;
 pub mod suite;
 

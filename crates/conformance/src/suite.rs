@@ -68,7 +68,7 @@ pub fn check_all(check: &Check, plugins: &[Plugin], subjects: &[Subject]) -> Vec
         for (example, subject) in
             examples.iter().flat_map(|example| subjects.iter().map(move |s| (*example, s)))
         {
-            let tried = catch_unwind(AssertUnwindSafe(|| {
+            let message = tried(|| {
                 let case = Case::new(plugin, example, subject)?;
                 // A plan that fails where it should not is the plan check's to tell, once.
                 let plans = case.method.plan(subject.spec()).is_ok();
@@ -76,12 +76,8 @@ pub fn check_all(check: &Check, plugins: &[Plugin], subjects: &[Subject]) -> Vec
                     return Ok(());
                 }
                 (check.run)(&case)
-            }));
-            let message = match tried {
-                Ok(Ok(())) => continue,
-                Ok(Err(Failed(message))) => message,
-                Err(panic) => format!("it panics: {}", text_of(panic.as_ref())),
-            };
+            });
+            let Some(message) = message else { continue };
             let options = example.replace('\n', ", ");
             failures.push(Failure {
                 method: format!("{} {{{options}}}", plugin.card.name),
@@ -92,6 +88,15 @@ pub fn check_all(check: &Check, plugins: &[Plugin], subjects: &[Subject]) -> Vec
         }
     }
     failures
+}
+
+/// Says why a check failed, if it did; a panic is a failure too.
+pub(crate) fn tried(check: impl FnOnce() -> Result<(), Failed>) -> Option<String> {
+    match catch_unwind(AssertUnwindSafe(check)) {
+        Ok(Ok(())) => None,
+        Ok(Err(Failed(message))) => Some(message),
+        Err(panic) => Some(format!("it panics: {}", text_of(panic.as_ref()))),
+    }
 }
 
 fn text_of(panic: &(dyn std::any::Any + Send)) -> &str {

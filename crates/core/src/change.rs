@@ -153,6 +153,22 @@ pub trait WeightChange: Debug + Send + Sync {
         None
     }
 
+    /// Computes what the change adds to the product, where that does not depend on the weight it
+    /// changes: such a change has a fast path on top of others too.
+    ///
+    /// # Shapes
+    /// - `x`: `[tokens, columns]`
+    /// - returns: `[tokens, rows]`, or nothing where [`WeightChange::materialize`] must do
+    fn addition(&self, _x: &Tensor<2>, _scope: &mut Scope<'_>) -> Option<Tensor<2>> {
+        None
+    }
+
+    /// Returns the parameter `[rows]` and its factor that the change adds to the product as a bias,
+    /// which no changed weight can hold.
+    fn added_bias(&self) -> Option<(ParameterId, f64)> {
+        None
+    }
+
     /// Returns whether the base does not matter, so that it need not be read.
     fn replaces_base(&self) -> bool {
         false
@@ -359,6 +375,24 @@ impl Changes {
         self.attention.entry(layer).or_default().push(Box::new(change));
     }
 
+    /// Adds all changes of `other` behind these.
+    pub fn extend(&mut self, other: Self) {
+        fn behind<K: Ord, V>(map: &mut BTreeMap<K, Vec<V>>, other: BTreeMap<K, Vec<V>>) {
+            for (place, changes) in other {
+                map.entry(place).or_default().extend(changes);
+            }
+        }
+        behind(&mut self.weights, other.weights);
+        behind(&mut self.states, other.states);
+        behind(&mut self.outputs, other.outputs);
+        behind(&mut self.attention, other.attention);
+        self.inputs.extend(other.inputs);
+        self.read_layers.extend(other.read_layers);
+        if let Some(count) = other.num_tasks {
+            self.limit_tasks(count);
+        }
+    }
+
     /// Says that changes know tasks 0 to `count` - 1 and no other.
     pub fn limit_tasks(&mut self, count: usize) {
         self.num_tasks = Some(self.num_tasks.map_or(count, |known| known.min(count)));
@@ -461,6 +495,11 @@ impl Changes {
                 0 => "a change of the input that depends on the place in the text".to_owned(),
                 count => format!("a prompt of {count} virtual tokens, which are input"),
             });
+        }
+        for (name, changes) in &self.weights {
+            if changes.iter().any(|change| change.added_bias().is_some()) {
+                return Some(format!("a bias that a change of `{name}` adds beside it"));
+            }
         }
         let (layer, _) = self.attention.first_key_value()?;
         Some(format!("what attention of layer {layer} sees beside the text"))

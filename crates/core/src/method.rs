@@ -107,6 +107,9 @@ pub struct Promises {
     pub exact_gradients: bool,
     /// The base may stay in quantised blocks; else attaching to such a base is refused.
     pub quantized_base: bool,
+    /// What becomes of a weight is computed from the checkpoint's own values, so that no other
+    /// method may change it before.
+    pub needs_base: bool,
     /// Models the plan refuses whatever the options, if there are any.
     pub refuses: Option<Refusal>,
 }
@@ -127,6 +130,7 @@ impl Default for Promises {
             reaches_all: true,
             exact_gradients: true,
             quantized_base: true,
+            needs_base: false,
             refuses: None,
         }
     }
@@ -136,6 +140,21 @@ impl Promises {
     /// Returns whether the plan refuses this model.
     pub fn refuses(&self, spec: &ModelSpec) -> bool {
         self.refuses.is_some_and(|refusal| (refusal.applies)(spec))
+    }
+}
+
+/// One of several methods in force at once.
+#[derive(Debug)]
+pub struct Part {
+    /// Its name, which its parameters carry in the whole list.
+    pub name: String,
+    /// The method.
+    pub method: Box<dyn Method>,
+}
+
+impl Clone for Part {
+    fn clone(&self) -> Self {
+        Self { name: self.name.clone(), method: self.method.boxed_clone() }
     }
 }
 
@@ -238,6 +257,11 @@ pub trait Method: Debug + Send {
     /// If the method's own state does not fit.
     fn on_step(&mut self, _step: &mut StepView<'_>) -> Result<()> {
         Ok(())
+    }
+
+    /// Returns the methods this one stacks, in the order their changes apply; by default none.
+    fn parts(&self) -> &[Part] {
+        &[]
     }
 
     /// Returns how many positions of the model the method takes before each document.

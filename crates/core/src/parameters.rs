@@ -1,5 +1,6 @@
 //! Everything that trains, and every buffer a method keeps, in one ordered list.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
@@ -21,7 +22,7 @@ impl ParameterId {
 }
 
 /// A tensor that trains, or that a method keeps beside those that do.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a setting of its own, set by methods")]
 pub struct Parameter {
     /// The name it is saved under, e.g. PEFT's key or the checkpoint's own name.
@@ -45,7 +46,7 @@ pub struct Parameter {
     value: Value,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Value {
     /// Flat values; a leaf of the autodiff graph where it trains.
     Floats(Tensor<1>),
@@ -134,16 +135,23 @@ impl Support {
 ///
 /// Saving, resuming, counting, moving and averaging are written once over this list: a change
 /// holds only [`ParameterId`]s.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Parameters {
     device: Device,
+    /// The place of the first, where the list goes on from another.
+    first: usize,
     list: Vec<Parameter>,
+}
+
+/// Returns the name a parameter of a part has in the whole list.
+pub fn name_in_part(part: &str, name: &str) -> String {
+    format!("{part}/{name}")
 }
 
 impl Parameters {
     /// Makes an empty list on `device` (without autodiff; leaves are put on its autodiff side).
     pub fn new(device: &Device) -> Self {
-        Self { device: device.clone(), list: Vec::new() }
+        Self { device: device.clone(), first: 0, list: Vec::new() }
     }
 
     /// Adds a parameter that trains and returns its place.
@@ -221,7 +229,7 @@ impl Parameters {
             tap: None,
             value,
         });
-        ParameterId(self.list.len() - 1)
+        ParameterId(self.first + self.list.len() - 1)
     }
 
     /// Adds a sparse parameter: `values` stand for the entries `indices` of a weight of the shape
@@ -241,7 +249,7 @@ impl Parameters {
         assert!(support.check(&name).is_ok(), "entries of sparse parameter {name}");
         let count = support.indices.len();
         let id = self.push(name, &[count], values, true);
-        self.list[id.0].support = Some(support);
+        self.at_mut(id).support = Some(support);
         id
     }
 
@@ -262,7 +270,7 @@ impl Parameters {
         indices: Vec<u32>,
         values: Vec<f32>,
     ) -> Result<()> {
-        let parameter = &self.list[id.0];
+        let parameter = self.at(id);
         let Some(old) = &parameter.support else {
             unreachable!("parameter {} is not sparse", parameter.name)
         };
@@ -277,7 +285,7 @@ impl Parameters {
             });
         }
         let value = Value::Floats(self.leaf(values, parameter.trains));
-        let parameter = &mut self.list[id.0];
+        let parameter = self.at_mut(id);
         parameter.shape = vec![support.indices.len()];
         parameter.support = Some(support);
         parameter.value = value;
@@ -286,7 +294,7 @@ impl Parameters {
 
     /// Returns the entries a sparse parameter stands for.
     pub fn support(&self, id: ParameterId) -> Option<&Support> {
-        self.list[id.0].support.as_ref()
+        self.at(id).support.as_ref()
     }
 
     /// Returns the indices of a sparse parameter; none for others.
@@ -296,34 +304,38 @@ impl Parameters {
 
     /// Returns the entries of a sparse parameter in the form kernels take.
     pub fn entries(&self, id: ParameterId) -> SparseEntries {
-        let tap = self.list[id.0].tap.clone().map(|tap| tap as Arc<dyn GradientTap>);
+        let tap = self.at(id).tap.clone().map(|tap| tap as Arc<dyn GradientTap>);
         SparseEntries { indices: self.indices(id), tap }
     }
 
     /// Puts a closed tap on the gradient of the weight a sparse parameter changes.
     pub fn add_tap(&mut self, id: ParameterId, scoring: Scoring) {
-        self.list[id.0].tap = Some(Arc::new(Tap::new(scoring)));
+        self.at_mut(id).tap = Some(Arc::new(Tap::new(scoring)));
     }
 
     /// Returns the tap of a parameter, if it has one.
     pub fn tap(&self, id: ParameterId) -> Option<&Tap> {
-        self.list[id.0].tap.as_deref()
+        self.at(id).tap.as_deref()
     }
 
     /// Lets a parameter train from now on, or freezes it where it stands.
     pub fn set_trains(&mut self, id: ParameterId, trains: bool) {
-        let parameter = &self.list[id.0];
+        let parameter = self.at(id);
         if parameter.trains != trains && parameter.dtype() == Dtype::F32 {
-            self.list[id.0].value = Value::Floats(self.leaf(self.values(id), trains));
-            self.list[id.0].trains = trains;
+            let value = Value::Floats(self.leaf(self.values(id), trains));
+            let parameter = self.at_mut(id);
+            parameter.value = value;
+            parameter.trains = trains;
         }
     }
 
     /// Gives up the values of a dense parameter: it stays in the list, empty and frozen.
     pub fn release(&mut self, id: ParameterId) {
-        self.list[id.0].value = Value::Floats(self.leaf(Vec::new(), false));
-        self.list[id.0].shape = vec![0];
-        self.list[id.0].trains = false;
+        let value = Value::Floats(self.leaf(Vec::new(), false));
+        let parameter = self.at_mut(id);
+        parameter.value = value;
+        parameter.shape = vec![0];
+        parameter.trains = false;
     }
 
     fn leaf(&self, values: Vec<f32>, trains: bool) -> Tensor<1> {
@@ -343,22 +355,79 @@ impl Parameters {
 
     /// Returns the parameters in order.
     pub fn iter(&self) -> impl Iterator<Item = (ParameterId, &Parameter)> {
-        self.list.iter().enumerate().map(|(index, parameter)| (ParameterId(index), parameter))
+        let numbered = (self.first..).zip(&self.list);
+        numbered.map(|(index, parameter)| (ParameterId(index), parameter))
+    }
+
+    fn at(&self, id: ParameterId) -> &Parameter {
+        &self.list[id.0 - self.first]
+    }
+
+    fn at_mut(&mut self, id: ParameterId) -> &mut Parameter {
+        &mut self.list[id.0 - self.first]
+    }
+
+    /// Makes an empty list whose places follow those of this one, so that what is made in it can be
+    /// [appended](Parameters::append) without its changes noticing.
+    pub fn continued(&self) -> Self {
+        Self { device: self.device.clone(), first: self.first + self.list.len(), list: Vec::new() }
+    }
+
+    /// Takes over a list that was made by [`Parameters::continued`], as the part of this name.
+    ///
+    /// # Panics
+    /// If anything was added in between, or the name is taken.
+    pub fn append(&mut self, part: &str, list: Self) {
+        assert_eq!(list.first, self.first + self.list.len(), "places of part {part}");
+        for mut parameter in list.list {
+            parameter.name = name_in_part(part, &parameter.name);
+            assert!(self.find(&parameter.name).is_none(), "part {part} exists already");
+            self.list.push(parameter);
+        }
+    }
+
+    /// Returns the places of a part.
+    pub fn part(&self, part: &str) -> Range<usize> {
+        let belongs = |parameter: &Parameter| {
+            parameter.name.strip_prefix(part).is_some_and(|rest| rest.starts_with('/'))
+        };
+        let start = self.list.iter().position(belongs).unwrap_or(self.list.len());
+        start..start + self.list[start..].iter().take_while(|p| belongs(p)).count()
+    }
+
+    /// Takes a part out as a list of its own, whose places begin at 0 and whose names are those it
+    /// was made with.
+    pub fn take_part(&mut self, part: &str) -> Self {
+        let mut list: Vec<Parameter> = self.list.drain(self.part(part)).collect();
+        for parameter in &mut list {
+            parameter.name.drain(..=part.len());
+        }
+        Self { device: self.device.clone(), first: 0, list }
+    }
+
+    /// Puts a part back that [`Parameters::take_part`] took out; its first parameter gets the place
+    /// `start`.
+    pub fn put_part(&mut self, part: &str, start: usize, list: Self) {
+        let named = list.list.into_iter().map(|mut parameter| {
+            parameter.name = name_in_part(part, &parameter.name);
+            parameter
+        });
+        self.list.splice(start..start, named);
     }
 
     /// Returns one parameter.
     pub fn get(&self, id: ParameterId) -> &Parameter {
-        &self.list[id.0]
+        self.at(id)
     }
 
     /// Returns one parameter's settings for change.
     pub fn get_mut(&mut self, id: ParameterId) -> &mut Parameter {
-        &mut self.list[id.0]
+        self.at_mut(id)
     }
 
     /// Finds a parameter by name.
     pub fn find(&self, name: &str) -> Option<ParameterId> {
-        self.list.iter().position(|parameter| parameter.name == name).map(ParameterId)
+        self.iter().find(|(_, parameter)| parameter.name == name).map(|(id, _)| id)
     }
 
     /// Returns the number of values that train.
@@ -371,7 +440,7 @@ impl Parameters {
     /// # Panics
     /// If `shape` holds another number of values, or these are whole numbers.
     pub fn tracked<const D: usize>(&self, id: ParameterId, shape: [usize; D]) -> Tensor<D> {
-        self.list[id.0].floats().clone().reshape(shape)
+        self.at(id).floats().clone().reshape(shape)
     }
 
     /// Returns the values as a constant tensor of rank `D`.
@@ -379,12 +448,12 @@ impl Parameters {
     /// # Panics
     /// As [`Parameters::tracked`].
     pub fn constant<const D: usize>(&self, id: ParameterId, shape: [usize; D]) -> Tensor<D> {
-        self.list[id.0].floats().clone().inner().reshape(shape)
+        self.at(id).floats().clone().inner().reshape(shape)
     }
 
     /// Copies the values out, in row-major order; whole numbers are rounded to `f32`.
     pub fn values(&self, id: ParameterId) -> Vec<f32> {
-        match &self.list[id.0].value {
+        match &self.at(id).value {
             Value::Floats(value) => to_vec(value.clone().inner()),
             Value::Integers(integers) => {
                 integers.values.iter().map(|value| *value as f32).collect()
@@ -394,7 +463,7 @@ impl Parameters {
 
     /// Returns the values of a buffer of whole numbers, in row-major order; none of any other.
     pub fn integers(&self, id: ParameterId) -> &[i32] {
-        match &self.list[id.0].value {
+        match &self.at(id).value {
             Value::Floats(_) => &[],
             Value::Integers(integers) => &integers.values,
         }
@@ -405,8 +474,8 @@ impl Parameters {
     /// # Errors
     /// If the disk is full, or the file was not announced with this tensor.
     pub fn write(&self, id: ParameterId, writer: &mut SafetensorsWriter) -> Result<()> {
-        let name = &self.list[id.0].name;
-        match &self.list[id.0].value {
+        let name = &self.at(id).name;
+        match &self.at(id).value {
             Value::Floats(_) => writer.write_f32(name, &self.values(id))?,
             Value::Integers(Integers { values, dtype, .. }) => {
                 writer.write(name, &integer_bytes(values, *dtype))?;
@@ -420,7 +489,7 @@ impl Parameters {
     /// # Errors
     /// If the tensor holds another kind of numbers, too few or too many, or ones above 32 bits.
     pub fn read(&mut self, id: ParameterId, tensor: &TensorView<'_>) -> Result<()> {
-        match self.list[id.0].value {
+        match self.at(id).value {
             Value::Floats(_) => self.set(id, tensor.to_f32()?),
             Value::Integers(_) => self.set_integers(id, &tensor.to_i64()?),
         }
@@ -431,7 +500,7 @@ impl Parameters {
     /// # Errors
     /// [`Error::Shape`] if there are too few or too many.
     pub fn set(&mut self, id: ParameterId, values: Vec<f32>) -> Result<()> {
-        let parameter = &self.list[id.0];
+        let parameter = self.at(id);
         if values.len() != parameter.count() || parameter.dtype() != Dtype::F32 {
             return Err(Error::Shape {
                 name: parameter.name.clone(),
@@ -441,7 +510,8 @@ impl Parameters {
             });
         }
         let trains = parameter.trains;
-        self.list[id.0].value = Value::Floats(self.leaf(values, trains));
+        let value = Value::Floats(self.leaf(values, trains));
+        self.at_mut(id).value = value;
         Ok(())
     }
 
@@ -450,7 +520,7 @@ impl Parameters {
     /// # Errors
     /// [`Error::Shape`] if there are too few or too many, or one is beyond its limit.
     pub fn set_integers(&mut self, id: ParameterId, values: &[i64]) -> Result<()> {
-        let parameter = &mut self.list[id.0];
+        let parameter = self.at_mut(id);
         let wrong = |help: String| Error::Shape {
             name: parameter.name.clone(),
             expected: parameter.shape.clone(),
@@ -478,21 +548,22 @@ impl Parameters {
     ///
     /// Whole numbers do not change.
     pub fn update(&mut self, id: ParameterId, change: impl FnOnce(&mut [f32])) {
-        let trains = self.list[id.0].trains;
+        let trains = self.at(id).trains;
         let hole = Value::Floats(self.leaf(vec![0.0], false));
-        let value = std::mem::replace(&mut self.list[id.0].value, hole);
+        let value = std::mem::replace(&mut self.at_mut(id).value, hole);
         let Value::Floats(value) = value else {
-            self.list[id.0].value = value;
+            self.at_mut(id).value = value;
             return;
         };
         let mut values = to_vec(value.inner());
         change(&mut values);
-        self.list[id.0].value = Value::Floats(self.leaf(values, trains));
+        let value = Value::Floats(self.leaf(values, trains));
+        self.at_mut(id).value = value;
     }
 
     /// Takes a parameter's gradient out of `gradients`, if it has one.
     pub fn take_gradient(&self, id: ParameterId, gradients: &mut Gradients) -> Option<Vec<f32>> {
-        self.list[id.0].floats().grad_remove(gradients).map(to_vec)
+        self.at(id).floats().grad_remove(gradients).map(to_vec)
     }
 }
 
@@ -551,6 +622,32 @@ mod tests {
         }
         parameters.set_trains(id, false);
         assert_eq!((parameters.num_trainable(), parameters.values(id)), (0, vec![0.0, -0.5, 2.0]));
+    }
+
+    #[test]
+    fn a_part_is_taken_out_and_put_back_where_it_was() {
+        let mut parameters = Parameters::new(&Device::flex());
+        for part in ["a", "ab", "b"] {
+            let mut list = parameters.continued();
+            let id = list.add("x", &[2], vec![1.0, 2.0]);
+            // The place is that of the whole list already.
+            assert_eq!(list.values(id), [1.0, 2.0]);
+            list.add_buffer("y", &[1], vec![3.0]);
+            parameters.append(part, list);
+            assert_eq!(parameters.values(id), [1.0, 2.0]);
+        }
+        assert_eq!((parameters.part("a"), parameters.part("ab")), (0..2, 2..4));
+        let mut part = parameters.take_part("ab");
+        let names: Vec<&str> = part.iter().map(|(_, p)| p.name.as_str()).collect();
+        assert_eq!(names, ["x", "y"]);
+        let id = part.find("x").unwrap();
+        assert_eq!(id.index(), 0);
+        part.update(id, |values| values[1] = 9.0);
+        parameters.put_part("ab", 2, part);
+        let names: Vec<&str> = parameters.iter().map(|(_, p)| p.name.as_str()).collect();
+        assert_eq!(names, ["a/x", "a/y", "ab/x", "ab/y", "b/x", "b/y"]);
+        let id = parameters.find("ab/x").unwrap();
+        assert_eq!((id.index(), parameters.values(id)), (2, vec![1.0, 9.0]));
     }
 
     #[test]

@@ -267,16 +267,28 @@ impl<'a> Pass<'a> {
         if changes.is_empty() {
             return Ok(kernels::linear_frozen(x, &self.weights.matrix(&name)?, bias));
         }
-        if let [change] = changes
-            && !change.replaces_base()
+        if let [first, others @ ..] = changes
+            && !first.replaces_base()
         {
-            let base = self.weights.matrix(&name)?;
-            if let Some(y) = change.linear(&x, &base, bias.as_ref(), &mut self.scope) {
-                return Ok(y);
+            // What is not used must not have drawn.
+            let mark = self.scope.draws();
+            let added: Option<Vec<_>> =
+                others.iter().map(|change| change.addition(&x, &mut self.scope)).collect();
+            if let Some(added) = added {
+                let base = self.weights.matrix(&name)?;
+                if let Some(y) = first.linear(&x, &base, bias.as_ref(), &mut self.scope) {
+                    return Ok(added.into_iter().fold(y, |y, more| y + more));
+                }
             }
+            self.scope.set_draws(mark);
         }
         let weight = self.changes.materialize(&name, self.weights, &self.scope)?;
-        Ok(kernels::linear_in(self.weights.packing().arithmetic, x, weight, bias))
+        let rows = weight.dims()[0];
+        let y = kernels::linear_in(self.weights.packing().arithmetic, x, weight, bias);
+        let added = changes.iter().filter_map(|change| change.added_bias());
+        Ok(added.fold(y, |y, (id, factor)| {
+            y + self.scope.tensor::<2>(id, [1, rows]).mul_scalar(factor)
+        }))
     }
 
     /// Normalises by the root mean square; the gain is `offset + weight` (Gemma's offset is 1).

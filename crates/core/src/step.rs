@@ -97,7 +97,7 @@ pub struct StepView<'a> {
     /// method moves itself are left.
     pub gradients: &'a mut FlatGradients,
     /// Gradients of the distance to the base's predictions, where the method asked for them.
-    pub reference_gradients: &'a FlatGradients,
+    pub reference_gradients: &'a [Option<Vec<f32>>],
     /// What the optimiser remembers, per parameter.
     pub states: &'a mut [ParameterState],
     /// The optimiser.

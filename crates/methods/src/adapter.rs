@@ -60,10 +60,39 @@ pub struct BaseIdentity {
     pub name: String,
     /// SHA-256 over the base's weights.
     pub fingerprint: String,
+    /// Adapters that were merged into the base before it trained.
+    pub under: Vec<Lower>,
+}
+
+/// An adapter that another was trained on top of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lower {
+    /// Its folder, as a person knows it.
+    pub name: String,
+    /// What [`Adapter::fingerprint`] says.
+    pub fingerprint: String,
+}
+
+impl BaseIdentity {
+    /// Notes the base in an adapter's configuration.
+    pub(crate) fn write(&self, config: &mut Value) {
+        if let Value::Object(map) = config {
+            map.insert("base_model_name_or_path".to_owned(), json!(self.name));
+            let identity = json!({"name": self.name, "fingerprint": self.fingerprint});
+            map.insert(IDENTITY.to_owned(), identity);
+            if !self.under.is_empty() {
+                let under = self.under.iter();
+                let of = |l: &Lower| json!({"name": l.name, "fingerprint": l.fingerprint});
+                map.insert(UNDER.to_owned(), under.map(of).collect());
+            }
+        }
+    }
 }
 
 /// The key of [`BaseIdentity`] in `adapter_config.json`; PEFT drops keys it does not know.
 const IDENTITY: &str = "retune_base";
+/// The key of the adapters that lay under it.
+const UNDER: &str = "retune_trained_on";
 
 impl Adapter {
     /// Collects what a method trained.
@@ -80,12 +109,8 @@ impl Adapter {
             what: format!("writing `{}` as an adapter", method.card().name),
             help: "save the whole model instead (`retune export`)".to_owned(),
         })?;
-        if let (Value::Object(map), Some(base)) = (&mut config, base) {
-            map.insert("base_model_name_or_path".to_owned(), json!(base.name));
-            map.insert(
-                IDENTITY.to_owned(),
-                json!({"name": base.name, "fingerprint": base.fingerprint}),
-            );
+        if let Some(base) = base {
+            base.write(&mut config);
         }
         let mut adapter = Self { config, tensors: BTreeMap::new(), integers: BTreeMap::new() };
         for (id, p) in parameters.iter().filter(|(_, p)| p.saved) {
@@ -183,7 +208,34 @@ impl Adapter {
         Some(BaseIdentity {
             name: base.get("name")?.as_str()?.to_owned(),
             fingerprint: base.get("fingerprint")?.as_str()?.to_owned(),
+            under: self.trained_on(),
         })
+    }
+
+    /// Returns the adapters this one was trained on top of, where the file says so.
+    pub fn trained_on(&self) -> Vec<Lower> {
+        let list = self.config.get(UNDER).and_then(Value::as_array);
+        let text = |value: &Value, key: &str| Some(value.get(key)?.as_str()?.to_owned());
+        list.into_iter()
+            .flatten()
+            .filter_map(|lower| {
+                Some(Lower { name: text(lower, "name")?, fingerprint: text(lower, "fingerprint")? })
+            })
+            .collect()
+    }
+
+    /// Computes the SHA-256 an adapter is recognised by: of names, shapes and values.
+    pub fn fingerprint(&self) -> String {
+        let mut bytes = Vec::new();
+        for (name, (shape, values)) in &self.tensors {
+            bytes.extend(format!("{name} {shape:?}\n").into_bytes());
+            bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        }
+        for (name, (_, shape, values)) in &self.integers {
+            bytes.extend(format!("{name} {shape:?}\n").into_bytes());
+            bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        }
+        retune_files::sha256(&bytes)
     }
 
     /// Returns the method this adapter was made with.

@@ -5,13 +5,15 @@ use retune_core::change::{Changes, Scope, WeightChange};
 use retune_core::method::{Card, Method, MethodPlan, PlannedParameter};
 use retune_core::parameters::{ParameterId, Parameters};
 use retune_core::random::Seed;
-use retune_core::spec::{Kind, ModelSpec, WeightSpec};
-use retune_core::weights::Weights;
+use retune_core::spec::{ModelSpec, WeightSpec};
+use retune_core::weights::{Weights, transpose};
 use retune_core::{Error, Result};
 use retune_options::Table;
 use serde_json::{Value, json};
 use tensor::Tensor;
 
+use crate::adapter::{Adapter, BaseIdentity};
+use crate::replacement::is_transposed;
 use crate::sparse::{self, Meaning};
 
 /// The type such a change has as an adapter; no PEFT type has this name.
@@ -86,8 +88,44 @@ impl Difference {
     }
 }
 
-fn is_transposed(weight: &WeightSpec) -> bool {
-    weight.kind == (Kind::Linear { transposed: true })
+impl Difference {
+    /// Makes an adapter of the weights that a method trained whole.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if something trains that is no weight of the model.
+    pub(crate) fn replacing(
+        method: &str,
+        spec: &ModelSpec,
+        parameters: &Parameters,
+        base: Option<&BaseIdentity>,
+    ) -> Result<Adapter> {
+        let mut adapter = Adapter::default();
+        let mut replaced = Vec::new();
+        for (id, parameter) in parameters.iter() {
+            let Some(weight) = spec.weight(&parameter.name) else {
+                if parameter.trains && parameter.count() > 0 {
+                    return Err(Error::Unsupported {
+                        what: format!("an adapter of `{}`, which {method} trains", parameter.name),
+                        help: "run this method alone; its result is a whole model".to_owned(),
+                    });
+                }
+                continue;
+            };
+            let mut values = parameters.values(id);
+            if is_transposed(weight) {
+                let [rows, columns] = weight.matrix();
+                values = transpose(&values, rows, columns);
+            }
+            replaced.push(weight.name.clone());
+            adapter.tensors.insert(weight.name.clone(), (stored_shape(weight), values));
+        }
+        let difference = Self { replaced, ..Self::default() };
+        adapter.config = difference.adapter_config(spec).unwrap_or_default();
+        if let Some(base) = base {
+            base.write(&mut adapter.config);
+        }
+        Ok(adapter)
+    }
 }
 
 /// Returns a weight's shape as its file has it.

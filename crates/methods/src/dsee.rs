@@ -118,13 +118,15 @@ fn pruned_name(weight: &WeightSpec) -> String {
     sparse::name(weight).replace(".shira_weight", ".pruned.shira_weight")
 }
 
-/// `W ⊙ S1 + s (B A + S2)`.
+/// `W ⊙ S1 + s (B A + S2)`, or `(W + s (B A + S2)) ⊙ S1` where whole heads go.
 #[derive(Debug)]
 struct Dual {
     a: ParameterId,
     b: ParameterId,
     entries: Option<ParameterId>,
     pruned: Option<(ParameterId, SparseChange)>,
+    /// The update loses the pruned entries too.
+    prunes_update: bool,
     rank: usize,
     scale: f64,
 }
@@ -137,17 +139,19 @@ impl WeightChange for Dual {
 
     fn materialize(&self, base: Tensor<2>, scope: &Scope<'_>) -> Tensor<2> {
         let [rows, columns] = base.dims();
-        let base = match &self.pruned {
-            Some((_, pruned)) => pruned.materialize(base, scope),
-            None => base,
+        let prune = |weight: Tensor<2>, here: bool| match &self.pruned {
+            Some((_, pruned)) if here => pruned.materialize(weight, scope),
+            _ => weight,
         };
+        let base = prune(base, !self.prunes_update);
         let a: Tensor<2> = scope.tensor(self.a, [self.rank, columns]);
         let b: Tensor<2> = scope.tensor(self.b, [rows, self.rank]);
         let changed = base + matmul(b, a).mul_scalar(self.scale);
-        let Some(id) = self.entries else { return changed };
+        let Some(id) = self.entries else { return prune(changed, self.prunes_update) };
         let count = scope.parameters().get(id).count();
         let values = scope.tensor::<1>(id, [count]).mul_scalar(self.scale);
-        add_sparse(changed, values, &scope.parameters().entries(id))
+        let changed = add_sparse(changed, values, &scope.parameters().entries(id));
+        prune(changed, self.prunes_update)
     }
 
     fn linear(
@@ -230,6 +234,25 @@ impl Dsee {
                     help: "prune fewer".to_owned(),
                 });
             }
+            let (group, groups) = (group_size(spec), spec.num_key_heads.max(1));
+            if !o.prune_heads.is_multiple_of(group) && !o.prune_heads.is_multiple_of(groups) {
+                // Another number could not be cut out: all groups must stay alike.
+                let fits = |n: &usize| n.is_multiple_of(group) || n.is_multiple_of(groups);
+                let below = (1..o.prune_heads).rev().find(fits);
+                let above = (o.prune_heads + 1..spec.num_heads).find(fits);
+                let nearest: Vec<String> =
+                    below.into_iter().chain(above).map(|n| n.to_string()).collect();
+                return Err(Error::Setting {
+                    setting: "method.dsee.prune_heads".to_owned(),
+                    what: format!("{group} query heads share each of {groups} key heads"),
+                    expected: format!(
+                        "whole groups (a multiple of {group}) or as many of each group (a \
+                         multiple of {groups})"
+                    ),
+                    found: o.prune_heads.to_string(),
+                    help: format!("nearest: {}", nearest.join(" or ")),
+                });
+            }
             let fused = spec.weights.iter().any(|weight| weight.role == Role::QueryKeyValue);
             if fused || spec.towers.len() > 1 {
                 return Err(Error::Unsupported {
@@ -246,14 +269,12 @@ impl Dsee {
     /// Returns the weights that lose entries when the base is pruned.
     fn pruned<'a>(&self, spec: &'a ModelSpec) -> Vec<&'a WeightSpec> {
         let inside = |weight: &&WeightSpec| weight.is_linear() && weight.layer.is_some();
-        let of_heads = |weight: &&WeightSpec| {
-            let shared = spec.num_heads != spec.num_key_heads;
-            match weight.role {
-                Role::Query | Role::AttentionOutput => true,
-                // Keys and values that several heads share stay.
-                Role::Key | Role::Value => !shared,
-                _ => false,
-            }
+        let whole_groups = self.options.prune_heads.is_multiple_of(group_size(spec));
+        let of_heads = |weight: &&WeightSpec| match weight.role {
+            Role::Query | Role::AttentionOutput => true,
+            // Keys and values go with the last head that reads them.
+            Role::Key | Role::Value => whole_groups,
+            _ => false,
         };
         let linears = spec.weights.iter().filter(inside);
         match self.options.prune {
@@ -330,32 +351,59 @@ impl Dsee {
         let width = spec.head_width;
         let all = self.pruned(spec);
         for layer in 0..spec.num_layers {
-            let of =
-                |role: Role| all.iter().copied().find(|w| w.layer == Some(layer) && w.role == role);
             let mut scores = vec![0.0_f64; spec.num_heads];
             for role in [Role::Query, Role::Value] {
-                let Some(weight) = of(role) else { continue };
-                let columns = weight.matrix()[1];
+                let found = spec.linears().find(|w| w.layer == Some(layer) && w.role == role);
+                let Some(weight) = found else { continue };
+                let [rows, columns] = weight.matrix();
                 let values = self.scores(view, weights, weight)?;
-                for (score, rows) in scores.iter_mut().zip(values.chunks(width * columns)) {
-                    *score += rows.iter().map(|x| f64::from(*x)).sum::<f64>();
+                // Values that several heads share count for each of them.
+                let shared = spec.num_heads * width / rows.max(1);
+                for (head, score) in scores.iter_mut().enumerate() {
+                    let start = head / shared.max(1) * width * columns;
+                    let own = &values[start..start + width * columns];
+                    *score += own.iter().map(|x| f64::from(*x)).sum::<f64>();
                 }
             }
-            let mut order: Vec<usize> = (0..spec.num_heads).collect();
-            order.sort_by(|a, b| scores[*a].total_cmp(&scores[*b]).then(a.cmp(b)));
-            let gone = &order[..self.options.prune_heads];
+            let gone = self.gone(&scores, spec);
             for weight in all.iter().filter(|weight| weight.layer == Some(layer)) {
                 let columns = weight.matrix()[1];
                 let is_gone = |index: &u32| {
                     let (row, column) = (*index as usize / columns, *index as usize % columns);
-                    let output = weight.role == Role::AttentionOutput;
-                    gone.contains(&(if output { column / width } else { row / width }))
+                    let head = match weight.role {
+                        Role::AttentionOutput => column / width,
+                        Role::Query => row / width,
+                        _ => row / width * group_size(spec),
+                    };
+                    gone.contains(&head)
                 };
                 let mask = (0..weight.count() as u32).filter(is_gone).collect();
                 set_pruned(view.parameters, weight, mask)?;
             }
         }
         Ok(())
+    }
+
+    /// Chooses the heads of one layer that go: the lowest whole groups that share a key, or the
+    /// lowest of each group, so that what stays can be cut out.
+    fn gone(&self, scores: &[f64], spec: &ModelSpec) -> Vec<usize> {
+        let size = group_size(spec);
+        let lowest = |mut order: Vec<usize>, score: &dyn Fn(usize) -> f64, count: usize| {
+            order.sort_by(|a, b| score(*a).total_cmp(&score(*b)).then(a.cmp(b)));
+            order.truncate(count);
+            order
+        };
+        let count = self.options.prune_heads;
+        let groups = (0..spec.num_heads / size).collect::<Vec<_>>();
+        if count.is_multiple_of(size) {
+            let sum = |group: usize| scores[group * size..(group + 1) * size].iter().sum();
+            let gone = lowest(groups, &sum, count / size);
+            return gone.into_iter().flat_map(|g| g * size..(g + 1) * size).collect();
+        }
+        let each = count / groups.len().max(1);
+        let of_group =
+            |g: usize| lowest((g * size..(g + 1) * size).collect(), &|h| scores[h], each);
+        groups.into_iter().flat_map(of_group).collect()
     }
 
     /// Returns the share of the layers' products that pruning saves, by formula.
@@ -370,6 +418,11 @@ impl Dsee {
         };
         share * pruned as f64 / all.max(1) as f64
     }
+}
+
+/// Returns how many query heads share one key head.
+fn group_size(spec: &ModelSpec) -> usize {
+    (spec.num_heads / spec.num_key_heads.max(1)).max(1)
 }
 
 /// Sets the entries of `mask` to zero from now on.
@@ -497,7 +550,8 @@ impl Method for Dsee {
             match (parts, off) {
                 (Some((a, b, entries)), pruned) => {
                     let (rank, scale) = (o.rank, self.scale());
-                    let change = Dual { a, b, entries, pruned, rank, scale };
+                    let prunes_update = o.prune == Prune::Heads;
+                    let change = Dual { a, b, entries, pruned, prunes_update, rank, scale };
                     changes.change_weight(&weight.name, change);
                 }
                 (None, Some((_, change))) => changes.change_weight(&weight.name, change),

@@ -69,6 +69,7 @@ pub mod shira;
 pub mod sparse;
 pub mod spiel;
 pub mod ssf;
+pub mod stack;
 pub mod state;
 pub mod supertuning;
 pub mod svd;

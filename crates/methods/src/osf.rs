@@ -86,7 +86,8 @@ impl WeightMethod for OsfOptions {
 
     fn promises(&self) -> Promises {
         // Directions that stay take no part in a step, so those that train are kept apart from them.
-        Promises { exact_gradients: false, ..Promises::default() }
+        // The weight is put together again from the checkpoint's own directions.
+        Promises { exact_gradients: false, needs_base: true, ..Promises::default() }
     }
 }
 

@@ -143,11 +143,11 @@ impl<'d> Reader<'d> {
         tables.filter_map(|(i, item)| place.element(i).reader(item)).collect()
     }
 
-    /// Opens the one sub-table of `name` that says which variant is meant: `[method.lora]` gives
-    /// `lora` and a reader of its table.
+    /// Opens the sub-tables of `name` that say which variants are meant, in the order they were
+    /// written: `[method.lora]` gives `lora` and a reader of its table.
     ///
-    /// Notes a mistake, and returns `None`, when there is no variant, an unknown one, or two.
-    pub fn variant(&mut self, name: &str, variants: &[&str]) -> Option<(String, Reader<'d>)> {
+    /// Notes a mistake, and returns none, when there is no variant or an unknown one.
+    pub fn variants(&mut self, name: &str, variants: &[&str]) -> Vec<(String, Reader<'d>)> {
         let path = self.join(name);
         let how = match variants {
             [only] => format!("write `[{path}.{}]`", write::key(only)),
@@ -157,7 +157,7 @@ impl<'d> Reader<'d> {
         let Some(item) = self.item(name) else {
             let error = Diagnostic::error(format!("`{path}` is missing"));
             self.report(error.at(self.span).help(how));
-            return None;
+            return Vec::new();
         };
         if let Value::String(word) = &item.value {
             let error = Diagnostic::error(format!("`{path}` must be a table"))
@@ -166,34 +166,19 @@ impl<'d> Reader<'d> {
             let meant = variants.contains(&word.as_str());
             let how = if meant { format!("write `[{path}.{}]`", write::key(word)) } else { how };
             self.report(error.help(how));
-            return None;
+            return Vec::new();
         }
-        let mut outer = self.table(name)?;
+        let Some(mut outer) = self.table(name) else { return Vec::new() };
         let written = outer.keys();
         for variant in variants {
             outer.declare(variant);
         }
-        let known: Vec<_> = written.iter().filter(|key| variants.contains(key)).collect();
-        match known.as_slice() {
-            [] if written.is_empty() => {
-                let error = Diagnostic::error(format!("`{}` names no variant", outer.path));
-                self.report(error.at(outer.span).help(how));
-                None
-            }
-            [] => None,
-            [key] => {
-                let inner = outer.table(key)?;
-                Some(((**key).to_owned(), inner))
-            }
-            [_, second, ..] => {
-                let span = outer.key_span(second);
-                let error =
-                    Diagnostic::error(format!("`{}` has more than one variant", outer.path));
-                let keys: Vec<_> = known.iter().map(|key| **key).collect();
-                self.report(error.at(span).help(format!("keep one of {}", list(&keys))));
-                None
-            }
+        if written.is_empty() {
+            let error = Diagnostic::error(format!("`{}` names no variant", outer.path));
+            self.report(error.at(outer.span).help(how));
         }
+        let known = written.into_iter().filter(|key| variants.contains(key));
+        known.filter_map(|key| Some((key.to_owned(), outer.table(key)?))).collect()
     }
 
     /// Declares every key that was written known: the table is free in its keys.
@@ -212,10 +197,6 @@ impl<'d> Reader<'d> {
     pub fn span(&self, name: &str) -> Option<Span> {
         let entry = self.table.and_then(|table| table.get(name));
         entry.and_then(|entry| entry.item.span).or(self.span)
-    }
-
-    fn key_span(&self, name: &str) -> Option<Span> {
-        self.table.and_then(|table| table.get(name)).and_then(|entry| entry.key_span).or(self.span)
     }
 
     /// Notes a diagnostic.

@@ -13,8 +13,9 @@ use retune_core::random::Seed;
 use retune_files::Dtype;
 use retune_methods::adapter::Adapter;
 
+use crate::adapters::both_replace;
 use crate::card::{Derived, derived_card};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::export::{Beside, merged, write_weights};
 use crate::open::{Opened, check_base};
 
@@ -57,6 +58,23 @@ pub fn write_composed(
             (Tuned { model, weights, changes, parameters }, part.weight)
         })
         .collect();
+    for (place, (later, _)) in tuned.iter().enumerate() {
+        for (before, (earlier, _)) in tuned[..place].iter().enumerate() {
+            if let Some(name) = both_replace(earlier, later)? {
+                return Err(Error::Plan {
+                    what: format!("two adapters have a `{name}` of their own"),
+                    expected: "one head: differences add up, heads of two tasks do not".to_owned(),
+                    found: format!(
+                        "{} and {}",
+                        adapters[before].0.display(),
+                        adapters[place].0.display()
+                    ),
+                    help: "combine one task with adapters that have no head, such as languages"
+                        .to_owned(),
+                });
+            }
+        }
+    }
     let facts: Vec<(String, String)> = adapters
         .iter()
         .map(|(path, weight)| (format!("`{}`", path.display()), weight.to_string()))

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use crate::adapters::stacked_folder;
 use crate::artefacts::plot::{Plot, Scale, Series, svg};
 use crate::artefacts::report::{
     Better, Cost, DataSummary, Example, File, Metric, Outcome, RunReport,
@@ -21,7 +22,9 @@ use retune_core::model::Tuned;
 use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
 use retune_evaluate::validation::validate;
+use retune_files::atomic::write_file;
 use retune_methods::adapter::{Adapter, BaseIdentity};
+use retune_methods::stack;
 use retune_train::training::{Training, Validation, Walk};
 
 /// A run that is over.
@@ -216,6 +219,7 @@ fn walk(
     report.cost.train_s = train_s;
     report.cost.total_s = (environment.clock)() - started;
     report.files = files;
+    add_to_cards(&folder, &report)?;
     finish(&folder, &mut report, environment)?;
     Ok(Done { folder, report })
 }
@@ -246,6 +250,16 @@ fn read_measurement(folder: &RunFolder) -> Result<Option<Measurement>> {
     Ok(serde_json::from_str(&folder.read("before.json")?).ok())
 }
 
+/// Adds what was measured to the cards beside the result.
+fn add_to_cards(folder: &RunFolder, report: &RunReport) -> Result<()> {
+    for file in &report.files {
+        let path = folder.file(&file.path).join("README.md");
+        let card = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, "read", e))?;
+        write_file(&path, crate::card::with_results(&card, report).as_bytes())?;
+    }
+    Ok(())
+}
+
 /// Writes the adapter, or the whole model where the method has no adapter form.
 fn save_result(
     prepared: &Prepared,
@@ -256,22 +270,36 @@ fn save_result(
     let base = BaseIdentity {
         name: prepared.plan.model.name.clone(),
         fingerprint: prepared.plan.model.fingerprint.clone(),
+        under: prepared.opened.under.clone(),
     };
+    let method = training.method();
+    if !method.parts().is_empty() {
+        let mut files = Vec::new();
+        let parent = folder.file("adapter");
+        std::fs::create_dir_all(&parent).map_err(|error| Error::io(&parent, "make", error))?;
+        let adapters = stack::adapters(method, spec, &training.parameters, Some(&base))?;
+        for (place, (part, (name, adapter))) in method.parts().iter().zip(adapters).enumerate() {
+            let path = parent.join(stacked_folder(place, &name));
+            adapter.write(&path, &crate::card::adapter_card(prepared, &part.method.card()))?;
+            files.push(written(folder, &path, &format!("the adapter of {name}")));
+        }
+        return Ok(files);
+    }
     let (path, what) = if training.method().adapter_config(spec).is_some() {
         let adapter = Adapter::collect(training.method(), spec, &training.parameters, Some(&base))?;
         let path = folder.file("adapter");
-        adapter.write(&path, &crate::card::adapter_card(prepared))?;
+        adapter.write(&path, &crate::card::adapter_card(prepared, &method.card()))?;
         (path, "the adapter, in PEFT's layout")
     } else {
         let path = folder.file("model");
         crate::export::write_folder(prepared, &training.tuned(), &path)?;
         (path, "the tuned model, as a Hugging Face folder")
     };
-    Ok(vec![File {
-        path: relative(folder, &path),
-        what: what.to_owned(),
-        num_bytes: folder_bytes(&path),
-    }])
+    Ok(vec![written(folder, &path, what)])
+}
+
+fn written(folder: &RunFolder, path: &Path, what: &str) -> File {
+    File { path: relative(folder, path), what: what.to_owned(), num_bytes: folder_bytes(path) }
 }
 
 fn relative(folder: &RunFolder, path: &Path) -> String {

@@ -142,8 +142,11 @@ pub fn extract_adapter(
             None => {}
         }
     }
-    let identity =
-        BaseIdentity { name: base_name.to_owned(), fingerprint: base.fingerprint.clone() };
+    let identity = BaseIdentity {
+        name: base_name.to_owned(),
+        fingerprint: base.fingerprint.clone(),
+        under: base.under.clone(),
+    };
     let adapter = Adapter::collect(&method, spec, &parameters, Some(&identity))?;
     left_out.sort_by(|a, b| b.0.total_cmp(&a.0));
     let left_out = left_out.into_iter().map(|(_, name)| name).collect();

@@ -3,6 +3,7 @@
 //! [`recipe`] is what a person wrote, [`plan`] what it means, [`prepare`] everything before step 1,
 //! [`execute`] the walk itself, [`folder`] what is left behind.
 
+pub mod adapters;
 pub mod artefacts;
 mod builtin;
 pub mod card;
@@ -20,6 +21,7 @@ pub mod graft;
 pub mod images;
 pub mod init;
 pub mod measure;
+mod merged;
 pub mod open;
 pub mod plan;
 pub mod prefetch;
@@ -27,5 +29,6 @@ pub mod prepare;
 pub mod recipe;
 pub mod rows;
 pub mod ship;
+pub mod structured;
 
 pub use error::{Error, Result};

@@ -7,11 +7,12 @@ use crate::environment::Environment;
 use crate::error::{Error, Result};
 use crate::recipe::{ArithmeticName, ComputeOptions, WeightsName};
 use retune_core::kernels::matrix::{Arithmetic, Form};
+use retune_core::model::Model;
 use retune_core::random::Seed;
 use retune_core::weights::{Packing, Weights};
 use retune_data::tokenizer::{GgufTokenizer, Tokenizer};
 use retune_hub::{Found, Location, find};
-use retune_methods::adapter::Adapter;
+use retune_methods::adapter::{Adapter, Lower};
 use retune_models::{Checkpoint, Task, open_for};
 use tensor::Device;
 
@@ -85,9 +86,16 @@ pub struct Opened {
     pub weights: Weights,
     /// SHA-256 that stands for the base.
     pub fingerprint: String,
+    /// Adapters that were merged into the weights.
+    pub under: Vec<Lower>,
 }
 
 impl Opened {
+    /// Returns the architecture.
+    pub fn model(&self) -> &dyn Model {
+        self.checkpoint.model.as_ref()
+    }
+
     /// Opens the weights for a task.
     ///
     /// # Errors
@@ -113,7 +121,7 @@ impl Opened {
             packing(compute),
             &Device::flex(),
         )?;
-        Ok(Self { checkpoint, weights, fingerprint })
+        Ok(Self { checkpoint, weights, fingerprint, under: Vec::new() })
     }
 }
 

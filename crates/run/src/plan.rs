@@ -56,6 +56,9 @@ pub struct PlannedModel {
     pub revision: Option<String>,
     /// SHA-256 that stands for the weights.
     pub fingerprint: String,
+    /// SHA-256 of each adapter merged in before training.
+    #[serde(default)]
+    pub adapters: Vec<String>,
     /// The class in the Hugging Face library.
     pub class: String,
     /// Number of values.
@@ -123,6 +126,8 @@ impl Plan {
             Some(steps) => steps,
             None => ((recipe.train.epochs * steps_per_epoch as f64).ceil() as u64).max(1),
         };
+        // Stages that do not fit the run, or each other, are refused here.
+        recipe.method.stages(num_steps)?;
         let statistics = splits.train.dataset.statistics().clone();
         let mut forecast = forecast(recipe, spec, &method, &statistics, opened);
         if let Some(allowed) = recipe.compute.memory {
@@ -148,6 +153,7 @@ impl Plan {
                 source: identity.source.to_string(),
                 revision: identity.revision.clone(),
                 fingerprint: opened.fingerprint.clone(),
+                adapters: opened.under.iter().map(|under| under.fingerprint.clone()).collect(),
                 class: spec.class.clone(),
                 num_parameters: spec.count(),
                 licence: located.found.licence.clone(),
@@ -183,6 +189,9 @@ impl Plan {
         };
         take(&self.version);
         take(&self.model.fingerprint);
+        for adapter in &self.model.adapters {
+            take(adapter);
+        }
         take(&recipe.method_name);
         take(&retune_options::to_toml(&recipe.method.options()));
         take(&recipe.seed.to_string());
@@ -266,7 +275,7 @@ fn forecast(
         .iter()
         .filter(|weight| !trains.contains(weight.name.as_str()))
         .map(|weight| {
-            let stored = opened.checkpoint.source.stored_bytes(&weight.name);
+            let stored = opened.weights.source().stored_bytes(&weight.name);
             match (packing.keep_blocks, stored) {
                 (true, Some(bytes)) if weight.shape.len() > 1 => bytes as f64,
                 _ => weight.count() as f64 * bytes_per_value,

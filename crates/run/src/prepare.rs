@@ -1,5 +1,6 @@
 //! Everything before step 1: the model found and opened, rows prepared, the plan made.
 
+use crate::adapters::{merge_under, read_adapters};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
 use crate::measure::{Measure, answers_seen};
@@ -72,6 +73,7 @@ impl Prepared {
             _ => Task::AsSaved,
         };
         let opened = Opened::open(&located, &task, seed, &recipe.compute, tokenizer.as_ref())?;
+        let opened = merge_under(opened, &read_adapters(&recipe.adapters)?, false)?;
         let train = &recipe.train;
         let batches = TrainBatches::new(
             splits.train.clone(),

@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use retune_core::method::Method;
+use retune_core::method::{Method, Part};
 use retune_methods::registry;
+use retune_methods::stack::stacked;
 use retune_options::{Bytes, Document, Options, Reader, Report, Table, choice, options, to_toml};
 use retune_train::settings::TrainOptions;
 
@@ -162,15 +163,17 @@ pub struct Recipe {
     pub name: String,
     /// A catalogue name, `hf:org/name`, a folder or a .gguf file.
     pub model: String,
+    /// Adapters merged into the model before it trains.
+    pub adapters: Vec<PathBuf>,
     /// Where runs are kept.
     pub runs: PathBuf,
     /// The seed every random draw comes from.
     pub seed: u64,
     /// The `[data]` table.
     pub data: DataOptions,
-    /// The `[method.*]` table.
+    /// The `[method.*]` tables: one method, or several stacked in the order they are written.
     pub method: Box<dyn Method>,
-    /// The method's name.
+    /// The method's name, or the names joined by ` + `.
     pub method_name: String,
     /// The `[train]` table.
     pub train: TrainOptions,
@@ -187,6 +190,8 @@ options! {
     pub struct RecipeHead("recipe") {
         /// A catalogue name, hf:org/name, a folder or a .gguf file.
         model: String;
+        /// Adapter folders merged into the model before it trains, in this order.
+        adapters: Vec<PathBuf> = Vec::new();
         /// The run's name; by default the recipe file's.
         name: Option<String> = None;
         /// Where runs are kept.
@@ -217,11 +222,10 @@ pub fn schema() -> retune_options::Json {
         .collect();
     schema["properties"]["method"] = serde_json::json!({
         "type": "object",
-        "description": "The tuning method: one table, named after it.",
+        "description": "The tuning method: one table, named after it; several are stacked in their order.",
         "properties": methods,
         "additionalProperties": false,
         "minProperties": 1,
-        "maxProperties": 1,
     });
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema".into();
     schema["title"] = "A recipe of retune".into();
@@ -283,24 +287,37 @@ impl Recipe {
     fn read(reader: &mut Reader<'_>, default_name: String, folder: &Path) -> Self {
         let mut head = RecipeHead::read(reader);
         head.data.resolve_paths(folder);
+        for path in head.adapters.iter_mut().filter(|path| path.is_relative()) {
+            *path = folder.join(&*path);
+        }
         let name = head.name.get_or_insert(default_name).clone();
         let names: Vec<&str> = registry::names().collect();
         let mut resolved = head.write();
-        let (method_name, method) = match reader.variant("method", &names) {
-            Some((name, mut part)) => {
-                let plugin = registry::find(&name)
-                    .unwrap_or_else(|| unreachable!("the reader only gives known names"));
-                (name, (plugin.read)(&mut part))
-            }
-            None => ("lora".to_owned(), Box::<retune_methods::lora::Lora>::default() as _),
+        let read = |(name, mut table): (String, Reader<'_>)| {
+            let plugin = registry::find(&name)
+                .unwrap_or_else(|| unreachable!("the reader only gives known names"));
+            Part { name, method: (plugin.read)(&mut table) }
         };
+        let mut parts: Vec<Part> =
+            reader.variants("method", &names).into_iter().map(read).collect();
+        if parts.is_empty() {
+            // The reader has noted the mistake; this only lets it look for more.
+            let method = Box::<retune_methods::lora::Lora>::default();
+            parts.push(Part { name: "lora".to_owned(), method });
+        }
         let mut methods = Table::default();
-        methods.insert(method_name.clone(), method.options());
+        for part in &parts {
+            methods.insert(part.name.clone(), part.method.options());
+        }
         resolved.insert("method", methods);
+        let names: Vec<&str> = parts.iter().map(|part| part.name.as_str()).collect();
+        let method_name = names.join(" + ");
+        let method = stacked(parts);
         let resolved = to_toml(&resolved);
         Self {
             name,
             model: head.model.clone(),
+            adapters: head.adapters.clone(),
             runs: head.runs.clone(),
             seed: head.seed,
             data: head.data,

@@ -34,11 +34,12 @@ use retune_methods::adapter::Adapter;
 
 pub use shift::Shift;
 use shift::{Answers, answers, shift};
-use sources::{Merged, Quantised, block_type};
+use sources::{Quantised, block_type};
 
 use crate::card::{Derived, derived_card};
 use crate::error::{Error, Result};
 use crate::export::{Beside, check_mergeable, merged, write_gguf, write_weights};
+use crate::merged::Merged;
 use crate::open::{Opened, check_base};
 
 /// One way to ship.

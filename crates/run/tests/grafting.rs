@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use retune_core::batch::{Batch, Document};
-use retune_core::method::Method;
 use retune_core::model::{Model, Tuned};
 use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
@@ -301,8 +300,8 @@ fn models_that_do_not_belong_together_are_refused() {
     let embedding = base.spec().weights.iter().find(|w| w.role == Role::Embedding).unwrap();
     let moved = with(&base, &embedding.name, |values| values[0] += 1.0);
     refused(&weights(&*model, Arc::new(moved)), "nothing to graft");
-    let peft = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testkit/golden/peft/base");
-    let other = retune_models::open(&peft).unwrap();
+    let qwen = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testkit/golden/training/qwen2/base");
+    let other = retune_models::open(&qwen).unwrap();
     refused(&weights(&*other.model, Arc::clone(&other.source)), "does not belong to this base");
 }
 

@@ -39,9 +39,9 @@ enum Rows {
 
 /// One line of the table.
 #[derive(Debug)]
-pub(crate) struct Case {
+pub(crate) struct Case<'a> {
     pub(crate) name: &'static str,
-    method: &'static str,
+    method: &'a str,
     arithmetic: &'static str,
     weights: &'static str,
     model: Model,
@@ -57,7 +57,7 @@ pub(crate) struct Case {
 }
 
 /// What most cases share.
-const LORA: Case = Case {
+const LORA: Case<'static> = Case {
     name: "lora-f32",
     method: "lora",
     arithmetic: "f32",
@@ -72,7 +72,7 @@ const LORA: Case = Case {
 };
 
 /// Returns every case.
-pub(crate) fn all() -> &'static [Case] {
+pub(crate) fn all() -> &'static [Case<'static>] {
     const {
         &[
             LORA,
@@ -155,10 +155,10 @@ impl Inputs {
         program: &Path,
         folder: &Path,
         chats: Option<&Path>,
-        cases: &[&Case],
+        cases: &[&Case<'_>],
     ) -> Result<Self, String> {
         fs::create_dir_all(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-        let encoder = |case: &&Case| case.model == Model::Encoder;
+        let encoder = |case: &&Case<'_>| case.model == Model::Encoder;
         for (name, model, needed) in [
             ("language", LANGUAGE, !cases.iter().all(encoder)),
             ("encoder", ENCODER, cases.iter().any(encoder)),
@@ -205,7 +205,12 @@ fn texts(labelled: bool) -> String {
     text
 }
 
-impl Case {
+impl<'a> Case<'a> {
+    /// Makes the case of any method with its defaults.
+    pub(crate) fn of_method(method: &'a str) -> Self {
+        Case { method, ..LORA }
+    }
+
     /// Names what runs: cases with the same subject share a measurement.
     pub(crate) fn subject(&self, side: Side) -> String {
         match side {

@@ -7,6 +7,7 @@
 
 mod cases;
 mod measure;
+mod methods;
 mod table;
 
 use std::collections::BTreeMap;
@@ -30,6 +31,11 @@ pub(crate) struct Options {
     rounds: usize,
     num_steps: usize,
     chats: Option<PathBuf>,
+    /// Methods whose steps are measured; an empty list means all.
+    methods: Option<Vec<String>>,
+    into: Option<PathBuf>,
+    /// A program that is built already.
+    program: Option<PathBuf>,
 }
 
 impl Options {
@@ -49,13 +55,19 @@ impl Options {
                 "--steps" => options.steps = true,
                 "--only" => options.only.push(value()?.to_owned()),
                 "--peer" => options.peer = Some(value()?.into()),
+                "--methods" => {
+                    let names = value()?.split(',').filter(|name| *name != "all");
+                    options.methods = Some(names.map(str::to_owned).collect());
+                }
+                "--program" => options.program = Some(value()?.into()),
+                "--into" => options.into = Some(value()?.into()),
                 "--chats" => options.chats = Some(value()?.into()),
                 "--rounds" => options.rounds = number(value()?)?,
                 "--num-steps" => options.num_steps = number(value()?)?,
                 other => return Err(format!("bench does not know `{other}`")),
             }
         }
-        if !options.kernels && !options.steps {
+        if !options.kernels && !options.steps && options.methods.is_none() {
             (options.kernels, options.steps) = (options.only.is_empty(), true);
         }
         for name in &options.only {
@@ -83,12 +95,21 @@ pub(crate) fn run(root: &Path, options: &Options) -> Outcome {
         }
         found["kernels"] = Value::Array(rows);
     }
+    if let Some(names) = &options.methods {
+        let (program, target) = program(options)?;
+        let lora = Case::of_method("lora");
+        let inputs = Inputs::make(&program, &target.join("bench"), None, &[&lora])?;
+        let counts = (options.rounds, options.num_steps);
+        let (rows, text) =
+            methods::measure(&program, &inputs, names, counts, options.into.as_deref())?;
+        if !options.json {
+            println!("\n{text}");
+        }
+        found["methods"] = rows;
+    }
     if options.steps {
-        let target = target()?;
-        eprintln!("building the program");
-        output(&mut cargo(&["build", "--release", "--quiet", "--package", "retune"]))?;
-        let program = target.join("release").join("retune");
-        let cases: Vec<&Case> = chosen(options).collect();
+        let (program, target) = program(options)?;
+        let cases: Vec<&Case<'_>> = chosen(options).collect();
         let folder = target.join("bench");
         let inputs = Inputs::make(&program, &folder, options.chats.as_deref(), &cases)?;
         let rounds = rounds(root, &program, &inputs, options)?;
@@ -102,6 +123,18 @@ pub(crate) fn run(root: &Path, options: &Options) -> Outcome {
         println!("{found:#}");
     }
     Ok(())
+}
+
+/// Builds the program; returns it and the folder cargo builds in.
+#[expect(clippy::print_stderr, reason = "a command line tool")]
+fn program(options: &Options) -> Result<(PathBuf, PathBuf), String> {
+    let target = target()?;
+    if let Some(program) = &options.program {
+        return Ok((program.clone(), target));
+    }
+    eprintln!("building the program");
+    output(&mut cargo(&["build", "--release", "--quiet", "--package", "retune"]))?;
+    Ok((target.join("release").join("retune"), target))
 }
 
 /// All measurements by subject, one per round.
@@ -148,9 +181,10 @@ fn rounds(
     Ok(rounds)
 }
 
-fn chosen(options: &Options) -> impl Iterator<Item = &'static Case> {
-    let wanted =
-        |case: &&Case| options.only.is_empty() || options.only.iter().any(|name| name == case.name);
+fn chosen(options: &Options) -> impl Iterator<Item = &'static Case<'static>> {
+    let wanted = |case: &&Case<'_>| {
+        options.only.is_empty() || options.only.iter().any(|name| name == case.name)
+    };
     cases::all().iter().filter(wanted)
 }
 

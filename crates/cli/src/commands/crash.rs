@@ -10,6 +10,7 @@ use retune_run::crash::blocks::{Blocks, Share};
 use retune_run::crash::emulator::{Choice, Probe, similarity, write};
 use retune_run::crash::interpolate::{Line, line};
 use retune_run::crash::layers::{Moved, collect, plug_in};
+use retune_run::export::Beside;
 use retune_run::graft::job::open_tuned;
 use retune_run::open::Located;
 use retune_run::prepare::Prepared;
@@ -137,16 +138,18 @@ pub(crate) fn run(command: &CrashCommand, json: bool) -> Result<(), Failure> {
         CrashCommand::Collect { emulator, adapter, output } => {
             check_free(output, false)?;
             let name = emulator.display().to_string();
-            let session = Session::open(&name, adapter.as_deref(), false, false, json)?;
+            let adapters: Vec<PathBuf> = adapter.iter().cloned().collect();
+            let session = Session::open(&name, &adapters, false, false, json)?;
             let moved = collect(emulator, &session.tuned(), output)?;
             show(&moved, "collected", output, json);
             Ok(())
         }
         CrashCommand::PlugIn { model, layers, output, dtype, force } => {
             check_free(output, false)?;
-            let session = Session::open(model, None, false, false, json)?;
+            let session = Session::open(model, &[], false, false, json)?;
             // A folder without a tokenizer can still be tuned.
             let tokenizer = session.tokenizer().ok();
+            let beside = Beside::of(&session.opened.checkpoint.path, tokenizer.as_ref())?;
             let dtype = match dtype.as_str() {
                 "bf16" => Dtype::BF16,
                 "f16" => Dtype::F16,
@@ -155,7 +158,7 @@ pub(crate) fn run(command: &CrashCommand, json: bool) -> Result<(), Failure> {
             let moved = plug_in(
                 &session.opened,
                 &session.tuned(),
-                tokenizer.as_ref(),
+                &beside,
                 layers,
                 dtype,
                 *force,

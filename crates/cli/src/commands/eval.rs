@@ -1,18 +1,14 @@
 //! `eval`.
 
-use std::path::Path;
+use std::path::PathBuf;
 
-use retune_core::change::Changes;
 use retune_core::model::Tuned;
-use retune_core::parameters::Parameters;
-use retune_core::random::Seed;
-use retune_methods::adapter::Adapter;
-use retune_run::open::check_base;
+use retune_run::adapters::{InForce, attach_adapters, read_adapters};
 use retune_run::prepare::Prepared;
 use serde_json::json;
 
 use super::run::read_recipe;
-use super::session::with_environment;
+use super::session::{warn, with_environment};
 use crate::args::RecipeArguments;
 use crate::failure::Failure;
 use crate::table::{number, table};
@@ -20,21 +16,17 @@ use crate::table::{number, table};
 /// Measures a model on a recipe's held-out rows.
 pub(crate) fn eval(
     arguments: &RecipeArguments,
-    adapter: Option<&Path>,
+    adapters: &[PathBuf],
     force: bool,
     json: bool,
 ) -> Result<(), Failure> {
     let (recipe, _) = read_recipe(arguments, json)?;
     let prepared = with_environment(json, |environment| Ok(Prepared::make(recipe, environment)?))?;
     let weights = &prepared.opened.weights;
-    let mut parameters = Parameters::new(weights.device());
-    let mut changes = Changes::default();
-    if let Some(folder) = adapter {
-        let adapter = Adapter::read(folder)?;
-        check_base(folder, &adapter, &prepared.opened, force)?;
-        changes = adapter.method()?.attach(weights, &mut parameters, Seed(0))?;
-        adapter.fill(folder, &mut parameters)?;
-    }
+    let adapters = read_adapters(adapters)?;
+    let in_force = attach_adapters(&adapters, &prepared.opened, force)?;
+    let InForce { changes, parameters, notes } = in_force;
+    warn(&notes, json);
     let tuned = Tuned {
         model: prepared.opened.checkpoint.model.as_ref(),
         weights,

@@ -1,26 +1,28 @@
 //! `merge-adapter` and `export`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use retune_files::Dtype;
 use retune_files::ggml::BlockType;
-use retune_run::card::merged_card;
+use retune_run::card::{Derived, derived_card, merged_card};
 use retune_run::export::{Beside, write_gguf, write_gguf_adapter, write_merged};
+use retune_run::structured::{Cut, write_structured};
 use serde_json::json;
 
 use super::session::Session;
 use crate::failure::Failure;
+use crate::table::grouped;
 
-/// Merges an adapter into its base and writes a Hugging Face folder.
+/// Merges adapters into their base and writes a Hugging Face folder.
 pub(crate) fn merge_adapter(
     model: &str,
-    adapter: &Path,
+    adapters: &[PathBuf],
     output: &Path,
     dtype: &str,
     force: bool,
     json: bool,
 ) -> Result<(), Failure> {
-    let session = Session::open(model, Some(adapter), false, force, json)?;
+    let session = Session::open(model, adapters, false, force, json)?;
     // A folder without a tokenizer can still be merged.
     let tokenizer = session.tokenizer().ok();
     let dtype = match dtype {
@@ -28,7 +30,7 @@ pub(crate) fn merge_adapter(
         "f16" => Dtype::F16,
         _ => Dtype::F32,
     };
-    let card = merged_card(model, &adapter.display().to_string());
+    let card = merged_card(model, &names(adapters));
     let beside = Beside::of(&session.opened.checkpoint.path, tokenizer.as_ref())?;
     write_merged(&session.tuned(), &beside, dtype, &card, output)?;
     done(output, json);
@@ -38,31 +40,45 @@ pub(crate) fn merge_adapter(
 /// Writes a model or an adapter in another tool's format.
 pub(crate) fn export(
     model: &str,
-    adapter: Option<&Path>,
+    adapters: &[PathBuf],
     format: &str,
     output: &Path,
     force: bool,
     json: bool,
 ) -> Result<(), Failure> {
-    let session = Session::open(model, adapter, false, force, json)?;
+    let session = Session::open(model, adapters, false, force, json)?;
     let name = output.file_stem().map_or_else(|| model.to_owned(), |s| s.to_string_lossy().into());
     let checkpoint = &session.opened.checkpoint;
     match format {
         "gguf-lora" => {
-            let adapter = session.adapter.as_ref().ok_or_else(|| {
-                Failure::Usage(
-                    "--format gguf-lora writes an adapter; give one with --adapter".into(),
-                )
-            })?;
+            let [(_, adapter)] = session.adapters.as_slice() else {
+                return Err(Failure::Usage(format!(
+                    "--format gguf-lora writes one adapter; give one with --adapter\n  found: {}",
+                    session.adapters.len()
+                )));
+            };
             write_gguf_adapter(adapter, checkpoint.model.spec(), &name, output)?;
         }
         "hf" => {
             // A folder without a tokenizer can still be merged.
             let tokenizer = session.tokenizer().ok();
-            let adapter = adapter.map_or_else(|| "none".to_owned(), |a| a.display().to_string());
-            let card = merged_card(model, &adapter);
+            let card = merged_card(model, &names(adapters));
             let beside = Beside::of(&session.opened.checkpoint.path, tokenizer.as_ref())?;
             write_merged(&session.tuned(), &beside, Dtype::F32, &card, output)?;
+        }
+        "hf-pruned" => {
+            let tokenizer = session.tokenizer().ok();
+            let card = |cut: &Cut| pruned_card(model, adapters, output, cut);
+            let (tuned, dtype) = (session.tuned(), Dtype::F32);
+            let beside = Beside::of(&session.opened.checkpoint.path, tokenizer.as_ref())?;
+            let cut = write_structured(&tuned, &beside, dtype, &card, output)?;
+            if json {
+                println!("{}", json!({"output": output, "cut": cut}));
+                return Ok(());
+            }
+            for (what, value) in facts(&cut) {
+                println!("{what}: {value}");
+            }
         }
         format => {
             let kind = match format {
@@ -76,6 +92,51 @@ pub(crate) fn export(
     }
     done(output, json);
     Ok(())
+}
+
+/// Says what was cut and what that saves, for the card and the terminal.
+fn facts(cut: &Cut) -> Vec<(&'static str, String)> {
+    let change = |[before, after]: [u64; 2]| {
+        let saved = 100.0 * (1.0 - after as f64 / before.max(1) as f64);
+        format!("{} to {} ({saved:.1} % less)", grouped(before), grouped(after))
+    };
+    let small = |[before, after]: [usize; 2]| change([before as u64, after as u64]);
+    let mut facts = vec![
+        ("query heads a layer", small(cut.heads)),
+        ("key heads a layer", small(cut.key_heads)),
+        ("inner width", small(cut.inner_width)),
+        ("values", small(cut.num_values)),
+        ("floating-point operations of the products a token", change(cut.flops_per_token)),
+        ("of these with entries that are not zero", grouped(cut.nonzero_flops_per_token)),
+    ];
+    if cut.dead_heads_left > 0 {
+        facts.push((
+            "heads that put out nothing but stay",
+            format!("{}: layers have different numbers of them", cut.dead_heads_left),
+        ));
+    }
+    facts
+}
+
+fn pruned_card(model: &str, adapters: &[PathBuf], output: &Path, cut: &Cut) -> String {
+    let mut rows = facts(cut);
+    rows.insert(0, ("adapters", format!("`{}`", names(adapters))));
+    derived_card(&Derived {
+        library: "transformers",
+        base: Some(model),
+        tag: "pruned",
+        title: &output.file_name().map_or_else(String::new, |n| n.to_string_lossy().into()),
+        summary: "A model without the heads and inner neurons that put out nothing.",
+        facts: &rows,
+    })
+}
+
+fn names(adapters: &[PathBuf]) -> String {
+    if adapters.is_empty() {
+        return "none".to_owned();
+    }
+    let names: Vec<String> = adapters.iter().map(|path| path.display().to_string()).collect();
+    names.join("`, then `")
 }
 
 fn done(output: &Path, json: bool) {

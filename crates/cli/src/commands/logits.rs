@@ -1,7 +1,7 @@
 //! `logits`: what a model computes for given ids, so that anyone can compare with another tool.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use retune_core::batch::{Batch, Document};
 use retune_core::model::Output;
@@ -25,13 +25,13 @@ struct Row {
 /// Computes logits of the ids in a file and writes them to another.
 pub(crate) fn logits(
     model: &str,
-    adapter: Option<&Path>,
+    adapters: &[PathBuf],
     input: &Path,
     output: &Path,
     force: bool,
     json: bool,
 ) -> Result<(), Failure> {
-    let session = Session::open(model, adapter, false, force, json)?;
+    let session = Session::open(model, adapters, false, force, json)?;
     let tuned = session.tuned();
     if tuned.model.spec().image().is_some() {
         let rows = pixels::rows(&tuned, input)?;

@@ -43,20 +43,18 @@ pub(crate) fn dispatch(arguments: Arguments) -> Result<(), Failure> {
         }
         Command::Docs { folder } => docs::docs(&folder),
         Command::Resume { run: path } => run::resume(&path, json),
-        Command::Eval { recipe, adapter, force } => {
-            eval::eval(&recipe, adapter.as_deref(), force, json)
-        }
+        Command::Eval { recipe, adapters, force } => eval::eval(&recipe, &adapters, force, json),
         Command::Chat(model) => chat::chat(&model, json),
         Command::Generate { model, prompt, raw } => generate::generate(&model, &prompt, raw, json),
-        Command::Logits { model, adapter, input_ids, output, force } => {
-            logits::logits(&model, adapter.as_deref(), &input_ids, &output, force, json)
+        Command::Logits { model, adapters, input_ids, output, force } => {
+            logits::logits(&model, &adapters, &input_ids, &output, force, json)
         }
         Command::Merge(arguments) => merge::run(&arguments, json),
-        Command::MergeAdapter { model, adapter, output, dtype, force } => {
-            export::merge_adapter(&model, &adapter, &output, &dtype, force, json)
+        Command::MergeAdapter { model, adapters, output, dtype, force } => {
+            export::merge_adapter(&model, &adapters, &output, &dtype, force, json)
         }
-        Command::Export { model, adapter, format, output, force } => {
-            export::export(&model, adapter.as_deref(), &format, &output, force, json)
+        Command::Export { model, adapters, format, output, force } => {
+            export::export(&model, &adapters, &format, &output, force, json)
         }
         Command::Compress(arguments) => compress::compress(&arguments, json),
         Command::Decompress(arguments) => compress::decompress(&arguments, json),

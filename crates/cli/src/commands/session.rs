@@ -1,6 +1,6 @@
 //! A model with its adapter, opened to be used.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use retune_core::change::Changes;
 use retune_core::model::Tuned;
@@ -12,6 +12,7 @@ use retune_data::tokenizer::Tokenizer;
 use retune_hub::Network;
 use retune_methods::adapter::Adapter;
 use retune_models::Task;
+use retune_run::adapters::{Adapters, InForce, attach_adapters, read_adapters};
 use retune_run::environment::Environment;
 use retune_run::open::{Located, Opened};
 use retune_run::recipe::{ComputeOptions, WeightsName};
@@ -37,24 +38,31 @@ pub(crate) fn with_environment<T>(
     work(&mut environment)
 }
 
+/// Shows what a person should know beside the result.
+pub(crate) fn warn(notes: &[String], quiet: bool) {
+    for note in notes.iter().filter(|_| !quiet) {
+        eprintln!("warning: {note}");
+    }
+}
+
 /// A model that can be asked.
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) located: Located,
     pub(crate) opened: Opened,
-    pub(crate) adapter: Option<Adapter>,
+    pub(crate) adapters: Adapters,
     changes: Changes,
     parameters: Parameters,
 }
 
 impl Session {
-    /// Opens a model, and puts the adapter's changes in force.
+    /// Opens a model, and puts adapters in force, each on top of those before it.
     ///
     /// # Errors
-    /// If either cannot be read, or the adapter is of another base and `force` is not given.
+    /// If one cannot be read, or is of another base and `force` is not given.
     pub(crate) fn open(
         model: &str,
-        adapter: Option<&Path>,
+        adapters: &[PathBuf],
         stored: bool,
         force: bool,
         quiet: bool,
@@ -65,21 +73,16 @@ impl Session {
                 weights: if stored { WeightsName::Stored } else { WeightsName::F32 },
                 ..ComputeOptions::default()
             };
-            let adapter_files = adapter.map(Adapter::read).transpose()?;
-            let task = adapter_files
-                .as_ref()
-                .and_then(labels)
+            let adapters = read_adapters(adapters)?;
+            let task = adapters
+                .iter()
+                .find_map(|(_, adapter)| labels(adapter))
                 .map_or(Task::AsSaved, |labels| Task::Classify { labels });
             let opened = Opened::open(&located, &task, Seed(0), &compute, None)?;
-            let mut parameters = Parameters::new(opened.weights.device());
-            let mut changes = Changes::default();
-            if let (Some(folder), Some(adapter)) = (adapter, &adapter_files) {
-                retune_run::open::check_base(folder, adapter, &opened, force)?;
-                let method = adapter.method()?;
-                changes = method.attach(&opened.weights, &mut parameters, Seed(0))?;
-                adapter.fill(folder, &mut parameters)?;
-            }
-            Ok(Self { located, opened, adapter: adapter_files, changes, parameters })
+            let InForce { changes, parameters, notes } =
+                attach_adapters(&adapters, &opened, force)?;
+            warn(&notes, quiet);
+            Ok(Self { located, opened, adapters, changes, parameters })
         })
     }
 

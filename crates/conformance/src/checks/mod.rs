@@ -11,5 +11,6 @@ pub mod plan;
 pub mod quantized;
 pub mod resume;
 pub mod saved;
+pub mod stacked;
 pub mod start;
 pub mod threads;

@@ -14,8 +14,9 @@ fn run(case: &Case<'_>) -> Result<(), Failed> {
     let (plugin, example, subject) = (case.plugin, case.example, case.subject);
     let on = |threads: usize| -> Result<Vec<f32>, Failed> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
-        pool.install(|| {
-            let case = Case::new(plugin, example, subject)?;
+        let method = case.method.boxed_clone();
+        pool.install(move || {
+            let case = Case { plugin, example, subject, method };
             let (weights, folder) = (subject.weights()?, folder()?);
             let mut training = case.training(&weights, folder.path(), 0)?;
             let mut source = Source { subject, fails_at: Some(2) };

@@ -91,22 +91,25 @@ fn missing_key_in_a_table_points_at_its_header() {
 }
 
 #[test]
-fn variant_needs_exactly_one_table() {
+fn variants_need_a_table_each() {
     let variant = |text: &str| {
         let document = Document::parse("recipe.toml", text).unwrap();
         let read = document.read(|reader| {
-            let (name, mut inner) = reader.variant("method", &["lora", "half-tuning"])?;
-            Some((name, LoraOptions::read(&mut inner)))
+            let tables = reader.variants("method", &["lora", "half-tuning"]);
+            let read = |(name, mut inner)| (name, LoraOptions::read(&mut inner).rank);
+            tables.into_iter().map(read).collect::<Vec<_>>()
         });
-        read.map(|(value, _)| value.unwrap()).map_err(|report| report.to_string())
+        read.map(|(value, _)| value).map_err(|report| report.to_string())
     };
-    let (name, lora) = variant("[method.lora]\nrank = 4\n").unwrap();
-    assert_eq!((name.as_str(), lora.rank), ("lora", 4));
+    let found = variant("[method.lora]\nrank = 4\n").unwrap();
+    assert_eq!(found, [("lora".to_owned(), 4)]);
+    // The order is the recipe's.
+    let two = "[method.half-tuning]\nrank = 2\n[method.lora]\nrank = 4\n";
+    assert_eq!(variant(two).unwrap(), [("half-tuning".to_owned(), 2), ("lora".to_owned(), 4)]);
     assert_snapshot!(variant("").unwrap_err());
     assert_snapshot!(variant("[method]\n").unwrap_err());
     assert_snapshot!(variant("method = \"lora\"\n").unwrap_err());
     assert_snapshot!(variant("[method.lorra]\nrank = 4\n").unwrap_err());
-    assert_snapshot!(variant("[method.lora]\nrank = 4\n[method.half-tuning]\n").unwrap_err());
 }
 
 #[test]

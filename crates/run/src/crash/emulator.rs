@@ -4,7 +4,6 @@ use std::path::Path;
 
 use retune_core::spec::{ModelSpec, WeightSpec};
 use retune_core::weights::Weights;
-use retune_data::tokenizer::Tokenizer;
 use retune_evaluate::similarity::{Pooling, layer_outputs, linear_cka};
 use retune_files::safetensors::Safetensors;
 use retune_files::{Dtype, sha256};
@@ -18,6 +17,7 @@ use serde_json::{Value, json};
 use super::blocks::Blocks;
 use crate::artefacts::heatmap::{HeatMap, svg};
 use crate::card::{Derived, derived_card};
+use crate::export::Beside;
 use crate::error::{Error, Result};
 use crate::prepare::Prepared;
 
@@ -226,11 +226,7 @@ pub fn write(prepared: &Prepared, choice: &Choice, output: &Path) -> Result<Mani
     manifest.frozen_sha256 = hash_weights(&opened.weights, &frozen, &frozen)?;
     let spec = small_spec(full, blocks, &manifest)?;
 
-    let mut others: Vec<(String, Vec<u8>)> = Vec::new();
-    let tokenizer = prepared.tokenizer.as_ref().map(Tokenizer::to_folder_files).transpose()?;
-    for (name, text) in tokenizer.unwrap_or_default() {
-        others.push((name.to_owned(), text.into_bytes()));
-    }
+    let mut others = Beside::of(&opened.checkpoint.path, prepared.tokenizer.as_ref())?.files();
     let card = card(prepared, blocks, &manifest, &spec, output);
     others.push(("README.md".to_owned(), card.into_bytes()));
     if !choice.similarity.is_empty() {

@@ -6,7 +6,6 @@ use std::path::Path;
 use retune_core::model::Tuned;
 use retune_core::spec::WeightSpec;
 use retune_core::weights::Weights;
-use retune_data::tokenizer::Tokenizer;
 use retune_files::Dtype;
 use retune_files::atomic::AtomicFolder;
 use retune_files::safetensors::{SafetensorsFile, SafetensorsWriter, TensorSpec};
@@ -15,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::emulator::{Manifest, hash_weights};
 use crate::card::{Derived, derived_card};
 use crate::error::{Error, Result};
-use crate::export::{check_mergeable, merged, write_weights};
+use crate::export::{Beside, check_mergeable, merged, write_weights};
 use crate::open::Opened;
 
 /// The file of trained blocks.
@@ -157,7 +156,7 @@ fn core(error: retune_files::SaveError) -> Error {
 pub fn plug_in(
     base: &Opened,
     tuned: &Tuned<'_>,
-    tokenizer: Option<&Tokenizer>,
+    beside: &Beside,
     layers: &Path,
     dtype: Dtype,
     force: bool,
@@ -230,7 +229,7 @@ pub fn plug_in(
                   2023, arXiv 2310.15477).",
         facts: &[("blocks trained", format!("{trained:?}"))],
     });
-    write_weights(&[tuned], spec, tokenizer, dtype, &card, output, |weight| {
+    write_weights(&[tuned], spec, beside, dtype, &card, output, |weight| {
         match file.get(&weight.name) {
             Some(found) => Ok(found.to_f32()?),
             None => base.weights.values(&weight.name),

@@ -326,6 +326,7 @@ pub fn write(prepared: &Prepared, pair: &Pair<'_>, grafted: &Grafted, output: &P
     let base = BaseIdentity {
         name: prepared.plan.model.name.clone(),
         fingerprint: prepared.plan.model.fingerprint.clone(),
+        under: prepared.opened.under.clone(),
     };
     let report = &grafted.report;
     let percent = |share: f64| format!("{:.2} %", 100.0 * share);
