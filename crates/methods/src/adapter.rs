@@ -1,9 +1,10 @@
 //! Adapter folders in the layout of the PEFT library, both directions.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use retune_core::method::Method;
+use retune_core::method::{FileIntegers, FileTensors, Method};
 use retune_core::parameters::{ParameterId, Parameters, integer_bytes};
 use retune_core::spec::{Head, ModelSpec};
 use retune_core::{Error, Result};
@@ -48,9 +49,9 @@ pub struct Adapter {
     /// `adapter_config.json`.
     pub config: Value,
     /// Every tensor of floats: name, shape, values in the orientation of the file.
-    pub tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    pub tensors: FileTensors,
     /// Every tensor of whole numbers: name, type, shape, values.
-    pub integers: BTreeMap<String, (Dtype, Vec<usize>, Vec<i64>)>,
+    pub integers: FileIntegers,
 }
 
 /// The identity of the base a trained adapter is for, kept in the adapter's configuration.
@@ -87,6 +88,7 @@ impl Adapter {
                 json!({"name": base.name, "fingerprint": base.fingerprint}),
             );
         }
+        method.describe(parameters, &mut config);
         let mut adapter = Self { config, tensors: BTreeMap::new(), integers: BTreeMap::new() };
         for (id, p) in parameters.iter().filter(|(_, p)| p.saved) {
             let (name, shape) = (p.name.clone(), p.shape.clone());
@@ -202,7 +204,8 @@ impl Adapter {
     /// # Errors
     /// [`Error::Content`] that lists every tensor that is missing, surplus or misshapen.
     pub fn fill(&self, folder: &Path, parameters: &mut Parameters) -> Result<()> {
-        let mut wrong = Vec::new();
+        let mut floats = Cow::Borrowed(&self.tensors);
+        let mut wrong = self.method()?.unfold(parameters, &self.integers, &mut floats);
         let known: Vec<_> = parameters
             .iter()
             .filter(|(_, p)| p.saved)
@@ -217,7 +220,7 @@ impl Adapter {
                 }
                 continue;
             }
-            let (float, whole) = (self.tensors.get(name), self.integers.get(name));
+            let (float, whole) = (floats.get(name), self.integers.get(name));
             match (float.map(|(shape, _)| shape), whole.map(|(_, shape, _)| shape)) {
                 (None, None) => wrong.push(format!("`{name}` is missing")),
                 (Some(found), _) | (None, Some(found)) if found != shape => {
@@ -236,7 +239,7 @@ impl Adapter {
                 },
             }
         }
-        for name in self.tensors.keys().chain(self.integers.keys()) {
+        for name in floats.keys().chain(self.integers.keys()) {
             let belongs =
                 known.iter().any(|(_, known, ..)| known == name) || entries.contains(name);
             if !belongs && !is_carried(name, &known) {

@@ -4,6 +4,7 @@
 //! and attaches changes at named places. Adding one is a file here and a line in [`registry`].
 
 pub mod adalora;
+pub mod adamss;
 pub mod adapter;
 pub mod apet;
 pub mod autopeft;
@@ -26,6 +27,7 @@ pub mod dsee;
 pub mod factor_start;
 pub mod fourierft;
 pub mod frame;
+pub mod frod;
 pub mod full;
 pub mod glora;
 pub mod gralora;
@@ -35,6 +37,7 @@ pub mod hra;
 pub mod ia3;
 pub mod iaa;
 pub mod id3;
+pub mod k_means;
 pub mod lily;
 pub mod linear_algebra;
 pub mod llama_adapter;
