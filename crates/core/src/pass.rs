@@ -238,11 +238,14 @@ impl<'a> Pass<'a> {
         if changes.is_empty() {
             return Ok(kernels::linear_frozen(x, &self.weights.matrix(&name)?, bias));
         }
-        if let [change] = changes
-            && !change.replaces_base()
-        {
-            let base = self.weights.matrix(&name)?;
-            if let Some(y) = change.linear(&x, &base, bias.as_ref(), &mut self.scope) {
+        if let [change] = changes {
+            let y = if change.replaces_base() {
+                change.linear_alone(&x, bias.as_ref(), &mut self.scope)
+            } else {
+                let base = self.weights.matrix(&name)?;
+                change.linear(&x, &base, bias.as_ref(), &mut self.scope)
+            };
+            if let Some(y) = y {
                 return Ok(y);
             }
         }

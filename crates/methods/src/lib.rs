@@ -43,6 +43,7 @@ pub mod linear_algebra;
 pub mod llama_adapter;
 pub mod ln_tuning;
 pub mod locft;
+pub mod loftq;
 pub mod loha;
 pub mod lokr;
 pub mod lora;

@@ -9,7 +9,8 @@ use serde_json::Value;
 use crate::{
     adalora, adamss, apet, autopeft, beft, bitfit, boft, c3a, cartridge,
     child_tuning, compacter, cpt, deft, delora, dept, diff_pruning, dsee, fourierft, frod, full,
-    glora, gralora, hft, hira, hra, ia3, iaa, id3, lily, llama_adapter, ln_tuning, locft,     loha, lokr, lora, lt_sft, miss, multitask_prompt_tuning, oft, osf,
+    glora, gralora, hft, hira, hra, ia3, iaa, id3, lily, llama_adapter, ln_tuning, locft, loftq,
+    loha, lokr, lora, lt_sft, miss, multitask_prompt_tuning, oft, osf,
     p_tuning, peanut, poly, prefix_tuning, prompt_tuning, psoft, pvera, r_amt, randlora, reft,
     road, said, sara, shira, spiel, ssf, supertuning, tinylora, trainable_tokens, unified_view,
     unilora, unipelt, vblora, vera, waveft,
@@ -96,6 +97,7 @@ pub const METHODS: &[Plugin] = &[
     unilora::PLUGIN,
     said::PLUGIN,
     dsee::PLUGIN,
+    loftq::PLUGIN,
 ];
 
 /// Finds a method by the name a recipe uses.
