@@ -10,7 +10,7 @@ use crate::{
     adalora, adamss, apet, autopeft, beft, bitfit, boft, c3a, cartridge,
     child_tuning, compacter, cpt, deft, delora, dept, diff_pruning, dsee, fourierft, frod, full,
     glora, gralora, hft, hira, hra, ia3, iaa, id3, lily, llama_adapter, ln_tuning, locft, loftq,
-    loha, lokr, lora, lt_sft, miss, multitask_prompt_tuning, oft, osf,
+    loha, lokr, lora, loretta_adp, loretta_rep, lt_sft, miss, multitask_prompt_tuning, oft, osf,
     p_tuning, peanut, poly, prefix_tuning, prompt_tuning, psoft, pvera, r_amt, randlora, reft,
     road, said, sara, shira, spiel, ssf, supertuning, tinylora, trainable_tokens, unified_view,
     unilora, unipelt, vblora, vera, waveft,
@@ -98,6 +98,8 @@ pub const METHODS: &[Plugin] = &[
     said::PLUGIN,
     dsee::PLUGIN,
     loftq::PLUGIN,
+    loretta_rep::PLUGIN,
+    loretta_adp::PLUGIN,
 ];
 
 /// Finds a method by the name a recipe uses.
