@@ -155,6 +155,12 @@ fn adalora() {
     check("adalora");
 }
 
+/// Ranks are missing here and there, and all of one weight.
+#[test]
+fn adalora_that_pruned_its_ranks() {
+    check("adalora_pruned");
+}
+
 #[test]
 fn beft() {
     check("beft");
