@@ -13,7 +13,7 @@ use retune_files::atomic::AtomicFolder;
 use retune_files::safetensors::{SafetensorsFile, SafetensorsWriter, TensorSpec};
 use serde_json::{Map, Value, json};
 
-use crate::{compressed, difference, registry};
+use crate::{adapterhub, compressed, difference, registry};
 
 /// What PEFT puts before a module's path.
 pub const PREFIX: &str = "base_model.model.";
@@ -131,6 +131,9 @@ impl Adapter {
             .map_err(|error| wrong("the file cannot be read", error.to_string()))?;
         let config: Value = serde_json::from_str(&text)
             .map_err(|error| wrong("the file is not JSON", error.to_string()))?;
+        if adapterhub::is_config(&config) {
+            return adapterhub::read(folder, &config);
+        }
         let file = SafetensorsFile::open(folder.join(TENSORS))?;
         let mut adapter = Self { config, tensors: BTreeMap::new(), integers: BTreeMap::new() };
         for view in file.tensors() {
@@ -204,6 +207,7 @@ impl Adapter {
     /// # Errors
     /// [`Error::Content`] that lists every tensor that is missing, surplus or misshapen.
     pub fn fill(&self, folder: &Path, parameters: &mut Parameters) -> Result<()> {
+        let keeps_head = self.config.get(adapterhub::KEEPS_HEAD).is_some();
         let mut floats = Cow::Borrowed(&self.tensors);
         let mut wrong = self.method()?.unfold(parameters, &self.integers, &mut floats);
         let known: Vec<_> = parameters
@@ -222,6 +226,7 @@ impl Adapter {
             }
             let (float, whole) = (floats.get(name), self.integers.get(name));
             match (float.map(|(shape, _)| shape), whole.map(|(_, shape, _)| shape)) {
+                (None, None) if keeps_head && !adapterhub::is_bottleneck(name) => {}
                 (None, None) => wrong.push(format!("`{name}` is missing")),
                 (Some(found), _) | (None, Some(found)) if found != shape => {
                     wrong.push(format!("`{name}` has shape {found:?}, expected {shape:?}"));

@@ -6,6 +6,8 @@
 pub mod adalora;
 pub mod adamss;
 pub mod adapter;
+pub mod adapter_fusion;
+pub mod adapterhub;
 pub mod apet;
 pub mod autopeft;
 pub mod beft;

@@ -7,7 +7,7 @@ use retune_options::{OptionSpec, Options, Reader};
 use serde_json::Value;
 
 use crate::{
-    adalora, adamss, apet, autopeft, beft, bitfit, boft, c3a, cartridge,
+    adalora, adamss, adapter_fusion, apet, autopeft, beft, bitfit, boft, c3a, cartridge,
     child_tuning, compacter, cpt, deft, delora, dept, diff_pruning, dsee, fourierft, frod, full,
     glora, gralora, hft, hira, hra, ia3, iaa, id3, lily, llama_adapter, ln_tuning, locft, loftq,
     loha, lokr, lora, loretta_adp, loretta_rep, lt_sft, miss, multitask_prompt_tuning, oft, osf,
@@ -97,6 +97,7 @@ pub const METHODS: &[Plugin] = &[
     unilora::PLUGIN,
     said::PLUGIN,
     dsee::PLUGIN,
+    adapter_fusion::PLUGIN,
     loftq::PLUGIN,
     loretta_rep::PLUGIN,
     loretta_adp::PLUGIN,
