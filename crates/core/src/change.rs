@@ -169,6 +169,20 @@ pub trait WeightChange: Debug + Send + Sync {
         None
     }
 
+    /// Computes the same where the base does not matter and is not read, and there is a faster way
+    /// than [`WeightChange::materialize`].
+    ///
+    /// # Shapes
+    /// As [`WeightChange::linear`].
+    fn linear_alone(
+        &self,
+        _x: &Tensor<2>,
+        _bias: Option<&Tensor<1>>,
+        _scope: &mut Scope<'_>,
+    ) -> Option<Tensor<2>> {
+        None
+    }
+
     /// Returns whether the base does not matter, so that it need not be read.
     fn replaces_base(&self) -> bool {
         false

@@ -1,5 +1,6 @@
 //! What a tuning method has to say.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 
@@ -10,8 +11,15 @@ use crate::random::Seed;
 use crate::spec::ModelSpec;
 pub use crate::step::{FlatGradients, Memory, ParameterState, Seat, StepView};
 use crate::weights::Weights;
+use retune_files::Dtype;
 use retune_options::{OptionSpec, Table};
 use serde_json::Value;
+
+/// Tensors of floats of an adapter's file: shape and values by name.
+pub type FileTensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+/// Tensors of whole numbers of an adapter's file: type, shape and values by name.
+pub type FileIntegers = BTreeMap<String, (Dtype, Vec<usize>, Vec<i64>)>;
 
 /// What a method is, for help, documentation and model cards: one definition, all derived.
 #[derive(Debug, Clone, Copy)]
@@ -269,13 +277,22 @@ pub trait Method: Debug + Send {
         0
     }
 
+    /// Says in the configuration of an adapter what training decided, such as which ranks are left.
+    fn describe(&self, _parameters: &Parameters, _config: &mut Value) {}
+
     /// Turns what was trained into what an adapter's file holds: networks that only help training
     /// are folded away, and tensors the file repeats are repeated.
-    fn fold(
+    fn fold(&self, _parameters: &Parameters, _tensors: &mut FileTensors) {}
+
+    /// Turns what an adapter's file holds into what was attached, where the two differ: the way back
+    /// of [`Method::fold`]. Returns what is wrong with the file, one sentence each.
+    fn unfold(
         &self,
         _parameters: &Parameters,
-        _tensors: &mut BTreeMap<String, (Vec<usize>, Vec<f32>)>,
-    ) {
+        _integers: &FileIntegers,
+        _tensors: &mut Cow<'_, FileTensors>,
+    ) -> Vec<String> {
+        Vec::new()
     }
 
     /// Returns the `adapter_config.json` of the PEFT library for this method, or nothing where the

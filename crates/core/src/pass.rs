@@ -267,14 +267,20 @@ impl<'a> Pass<'a> {
         if changes.is_empty() {
             return Ok(kernels::linear_frozen(x, &self.weights.matrix(&name)?, bias));
         }
-        if let [first, others @ ..] = changes
-            && !first.replaces_base()
-        {
-            // What is not used must not have drawn.
-            let mark = self.scope.draws();
-            let added: Option<Vec<_>> =
-                others.iter().map(|change| change.addition(&x, &mut self.scope)).collect();
-            if let Some(added) = added {
+        // What is not used must not have drawn.
+        let mark = self.scope.draws();
+        if let [first, others @ ..] = changes {
+            if first.replaces_base() {
+                if others.is_empty()
+                    && let Some(y) = first.linear_alone(&x, bias.as_ref(), &mut self.scope)
+                {
+                    return Ok(y);
+                }
+            } else if let Some(added) = others
+                .iter()
+                .map(|change| change.addition(&x, &mut self.scope))
+                .collect::<Option<Vec<_>>>()
+            {
                 let base = self.weights.matrix(&name)?;
                 if let Some(y) = first.linear(&x, &base, bias.as_ref(), &mut self.scope) {
                     return Ok(added.into_iter().fold(y, |y, more| y + more));

@@ -1,9 +1,10 @@
 //! Adapter folders in the layout of the PEFT library, both directions.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use retune_core::method::Method;
+use retune_core::method::{FileIntegers, FileTensors, Method};
 use retune_core::parameters::{ParameterId, Parameters, integer_bytes};
 use retune_core::spec::{Head, ModelSpec};
 use retune_core::{Error, Result};
@@ -12,7 +13,7 @@ use retune_files::atomic::AtomicFolder;
 use retune_files::safetensors::{SafetensorsFile, SafetensorsWriter, TensorSpec};
 use serde_json::{Map, Value, json};
 
-use crate::{compressed, difference, registry};
+use crate::{adapterhub, compressed, difference, registry};
 
 /// What PEFT puts before a module's path.
 pub const PREFIX: &str = "base_model.model.";
@@ -48,9 +49,9 @@ pub struct Adapter {
     /// `adapter_config.json`.
     pub config: Value,
     /// Every tensor of floats: name, shape, values in the orientation of the file.
-    pub tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    pub tensors: FileTensors,
     /// Every tensor of whole numbers: name, type, shape, values.
-    pub integers: BTreeMap<String, (Dtype, Vec<usize>, Vec<i64>)>,
+    pub integers: FileIntegers,
 }
 
 /// The identity of the base a trained adapter is for, kept in the adapter's configuration.
@@ -112,6 +113,7 @@ impl Adapter {
         if let Some(base) = base {
             base.write(&mut config);
         }
+        method.describe(parameters, &mut config);
         let mut adapter = Self { config, tensors: BTreeMap::new(), integers: BTreeMap::new() };
         for (id, p) in parameters.iter().filter(|(_, p)| p.saved) {
             let (name, shape) = (p.name.clone(), p.shape.clone());
@@ -154,6 +156,9 @@ impl Adapter {
             .map_err(|error| wrong("the file cannot be read", error.to_string()))?;
         let config: Value = serde_json::from_str(&text)
             .map_err(|error| wrong("the file is not JSON", error.to_string()))?;
+        if adapterhub::is_config(&config) {
+            return adapterhub::read(folder, &config);
+        }
         let file = SafetensorsFile::open(folder.join(TENSORS))?;
         let mut adapter = Self { config, tensors: BTreeMap::new(), integers: BTreeMap::new() };
         for view in file.tensors() {
@@ -254,7 +259,9 @@ impl Adapter {
     /// # Errors
     /// [`Error::Content`] that lists every tensor that is missing, surplus or misshapen.
     pub fn fill(&self, folder: &Path, parameters: &mut Parameters) -> Result<()> {
-        let mut wrong = Vec::new();
+        let keeps_head = self.config.get(adapterhub::KEEPS_HEAD).is_some();
+        let mut floats = Cow::Borrowed(&self.tensors);
+        let mut wrong = self.method()?.unfold(parameters, &self.integers, &mut floats);
         let known: Vec<_> = parameters
             .iter()
             .filter(|(_, p)| p.saved)
@@ -269,8 +276,9 @@ impl Adapter {
                 }
                 continue;
             }
-            let (float, whole) = (self.tensors.get(name), self.integers.get(name));
+            let (float, whole) = (floats.get(name), self.integers.get(name));
             match (float.map(|(shape, _)| shape), whole.map(|(_, shape, _)| shape)) {
+                (None, None) if keeps_head && !adapterhub::is_bottleneck(name) => {}
                 (None, None) => wrong.push(format!("`{name}` is missing")),
                 (Some(found), _) | (None, Some(found)) if found != shape => {
                     wrong.push(format!("`{name}` has shape {found:?}, expected {shape:?}"));
@@ -288,7 +296,7 @@ impl Adapter {
                 },
             }
         }
-        for name in self.tensors.keys().chain(self.integers.keys()) {
+        for name in floats.keys().chain(self.integers.keys()) {
             let belongs =
                 known.iter().any(|(_, known, ..)| known == name) || entries.contains(name);
             if !belongs && !is_carried(name, &known) {

@@ -332,7 +332,8 @@ impl StateMethod for AutoPeft {
         let mut changes = Changes::default();
         for Unit { name, site, plan, insertion, scale, residual } in self.units(spec)? {
             let block = plan.build(&name, made);
-            changes.change_state(site, Adapter { block, insertion, scale, residual });
+            let through = None;
+            changes.change_state(site, Adapter { block, insertion, scale, residual, through });
         }
         if self.prefix.tokens > 0 {
             for layer in self.on(spec, &self.prefix.layers, "prefix")? {

@@ -7,6 +7,7 @@ use retune_core::{Error, Result};
 use tensor::{Tensor, TensorData};
 
 use crate::linear_algebra::orthonormal;
+use crate::svd::Svd;
 
 /// Directions beyond the rank, so that those asked for come out exact.
 const MORE: usize = 8;
@@ -89,6 +90,44 @@ pub fn orthonormal_start(weight: Tensor<2>, rank: usize, module: &str) -> Result
     let b = orthonormal(first);
     let a = matmul(b.clone().transpose(), weight);
     check((to_vec(a), to_vec(b)), module)
+}
+
+/// Returns a first factor of normal numbers with deviation 1 / rank and a second of zeros.
+pub fn gaussian([rows, columns]: [usize; 2], rank: usize, random: &mut Random) -> Factors {
+    let mut a = vec![0.0; rank * columns];
+    random.fill_normal(&mut a, 1.0 / rank as f64);
+    (a, vec![0.0; rows * rank])
+}
+
+/// Returns factors of random numbers whose product is zero: the rows of an orthogonal matrix,
+/// `[rank, rank]`, span the first's columns and the second's rows in turn, each a tenth as long as
+/// normal numbers are. The rank is even.
+pub fn orthogonal([rows, columns]: [usize; 2], rank: usize, random: &mut Random) -> Factors {
+    let mut square = vec![0.0; rank * rank];
+    random.fill_normal(&mut square, 1.0);
+    let data = TensorData::new(square, [rank, rank]);
+    let basis = to_vec(orthonormal(Tensor::<2>::from_data(data, &tensor::Device::flex())));
+    let mut draw = |count: usize| {
+        let mut values = vec![0.0; count * rank / 2];
+        random.fill_normal(&mut values, 0.1);
+        values
+    };
+    let (of_a, of_b) = (draw(columns), draw(rows));
+    // Row 2k of the basis belongs to the first factor, row 2k + 1 to the second.
+    let along = |values: &[f32], side: usize, row: usize, place: usize| -> f32 {
+        let term = |k: usize| values[row * rank / 2 + k] * basis[(2 * k + side) * rank + place];
+        (0..rank / 2).map(term).sum()
+    };
+    let a = (0..rank * columns).map(|i| along(&of_a, 0, i % columns, i / columns)).collect();
+    let b = (0..rows * rank).map(|i| along(&of_b, 1, i / rank, i % rank)).collect();
+    (a, b)
+}
+
+/// Returns a first factor of zeros and the weight's left singular vectors of the smallest values
+/// (MiCA, arXiv 2604.01694).
+pub fn minor(weight: &[f32], [rows, columns]: [usize; 2], rank: usize) -> Factors {
+    let svd = Svd::new(weight, rows, columns);
+    (vec![0.0; rank * columns], svd.left(svd.k - rank, svd.k))
 }
 
 /// Returns eigenvalues, largest first, and eigenvectors of a symmetric matrix (Jacobi's rotations).
@@ -186,6 +225,35 @@ mod tests {
         let b = &factors.1;
         let dot = |i: usize, j: usize| (0..5).map(|r| b[r * 2 + i] * b[r * 2 + j]).sum::<f32>();
         assert!((dot(0, 0) - 1.0).abs() < 1e-5 && dot(0, 1).abs() < 1e-5);
+    }
+
+    #[test]
+    fn an_orthogonal_start_has_a_product_of_zero() {
+        let mut random = Seed(6).stream("orthogonal", &[]);
+        let factors = orthogonal([5, 7], 4, &mut random);
+        assert!(factors.0.iter().chain(&factors.1).any(|value| value.abs() > 0.01));
+        for value in product(&factors, 5, 7) {
+            assert!(value.abs() < 1e-7, "{value}");
+        }
+    }
+
+    #[test]
+    fn a_gaussian_start_deviates_by_one_over_the_rank() {
+        let (a, b) = gaussian([3, 4000], 4, &mut Seed(7).stream("gaussian", &[]));
+        let square = a.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / a.len() as f64;
+        assert!((square.sqrt() - 0.25).abs() < 0.01, "{square}");
+        assert_eq!(b, vec![0.0; 12]);
+    }
+
+    #[test]
+    fn the_minor_directions_of_a_known_weight() {
+        // Outputs 2, 0 and 1 carry 5, 3 and 1.
+        let weight = [0.0, 3.0, 0.0, 0.0, 0.0, 1.0, 5.0, 0.0, 0.0];
+        let (a, b) = minor(&weight, [3, 3], 1);
+        assert_eq!(a, [0.0; 3]);
+        for (found, expected) in b.iter().zip([0.0, 1.0, 0.0]) {
+            assert!((found - expected).abs() < 1e-6, "{b:?}");
+        }
     }
 
     #[test]

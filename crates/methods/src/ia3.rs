@@ -100,7 +100,8 @@ impl WeightMethod for Ia3Options {
 
     fn finish_config(&self, config: &mut Map<String, Value>, targets: &[Target]) {
         let once = OnceCell::new();
-        let context = Context { targets, is_complete: true, original: None, once: &once };
+        let context =
+            Context { targets, is_complete: true, original: None, once: &once, shared: &[] };
         let inputs = targets.iter().filter(|t| self.scales_inputs(t, &context).unwrap_or(false));
         let modules: Vec<&str> = inputs.map(|target| target.module.as_str()).collect();
         config.insert("feedforward_modules".to_owned(), json!(modules));

@@ -220,6 +220,7 @@ impl StateMethod for Iaa {
                         insertion,
                         scale: 1.0,
                         residual: insertion == Insertion::Sequential,
+                        through: None,
                     },
                 ),
                 Kind::Bottleneck(plan, reads) => {

@@ -1,6 +1,7 @@
 //! Matrices that methods are made of: skew-symmetric ones, their Cayley transforms, inverses.
 
 use retune_core::parameters::to_vec;
+use retune_eigen::add_scaled;
 use tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
 
 /// Returns the identity.
@@ -68,8 +69,9 @@ pub fn inverse(a: Tensor<3>) -> Tensor<3> {
     let device = a.device();
     let mut values = to_vec(a.clone().inner());
     for matrix in values.chunks_exact_mut((b * b).max(1)) {
-        let inverse = invert(matrix, b);
-        matrix.copy_from_slice(&inverse);
+        let wide: Vec<f64> = matrix.iter().map(|value| f64::from(*value)).collect();
+        let inverse = invert(&wide, b);
+        matrix.iter_mut().zip(inverse).for_each(|(value, i)| *value = i as f32);
     }
     // With X = A⁻¹ a constant, 2X − XAX has the value X and the derivative −X dA X, which is that of
     // the inverse.
@@ -147,14 +149,14 @@ fn diagonal_signs(p: &[f32], rows: usize, count: usize) -> Vec<f64> {
     signs
 }
 
-/// Inverts one matrix by Gauss and Jordan's elimination with pivots, in double precision.
-fn invert(matrix: &[f32], n: usize) -> Vec<f32> {
+/// Inverts one matrix `[n, n]` by Gauss and Jordan's elimination with pivots.
+///
+/// A matrix that has no inverse gives values that are not finite.
+pub fn invert(matrix: &[f64], n: usize) -> Vec<f64> {
     let width = 2 * n;
     let mut rows = vec![0.0_f64; n * width];
     for row in 0..n {
-        for column in 0..n {
-            rows[row * width + column] = f64::from(matrix[row * n + column]);
-        }
+        rows[row * width..row * width + n].copy_from_slice(&matrix[row * n..(row + 1) * n]);
         rows[row * width + n + row] = 1.0;
     }
     for column in 0..n {
@@ -172,7 +174,25 @@ fn invert(matrix: &[f32], n: usize) -> Vec<f32> {
             own.iter_mut().zip(&pivot).for_each(|(value, p)| *value -= factor * p);
         }
     }
-    rows.chunks_exact(width).flat_map(|row| row[n..].iter().map(|value| *value as f32)).collect()
+    rows.chunks_exact(width.max(1)).flat_map(|row| row[n..].to_vec()).collect()
+}
+
+/// Multiplies `[rows, inner]` by `[inner, columns]`.
+pub fn product(a: &[f64], b: &[f64], inner: usize, columns: usize) -> Vec<f64> {
+    let mut out = Vec::with_capacity(a.len() / inner.max(1) * columns);
+    for row in a.chunks_exact(inner.max(1)) {
+        let mut sum = vec![0.0; columns];
+        for (factor, values) in row.iter().zip(b.chunks_exact(columns.max(1))) {
+            add_scaled(&mut sum, *factor, values);
+        }
+        out.extend(sum);
+    }
+    out
+}
+
+/// Transposes a matrix `[rows, columns]`.
+pub fn transposed(a: &[f64], rows: usize, columns: usize) -> Vec<f64> {
+    (0..columns).flat_map(|c| (0..rows).map(move |r| a[r * columns + c])).collect()
 }
 
 #[cfg(test)]

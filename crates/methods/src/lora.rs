@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use retune_core::change::{Changes, Scope, WeightChange};
 use retune_core::kernels::matrix::PackedMatrix;
 use retune_core::kernels::{linear, linear_frozen, linear_low_rank};
-use retune_core::method::{Card, Method, MethodPlan, PlannedParameter, Promises};
+use retune_core::method::{Card, FileTensors, Method, MethodPlan, PlannedParameter, Promises};
 use retune_core::parameters::{ParameterId, Parameters};
 use retune_core::random::{Random, Seed};
 use retune_core::spec::{Kind, ModelSpec, WeightSpec};
@@ -43,6 +43,20 @@ choice! {
         Pissa = "pissa",
         /// At the weight's QR decomposition (OLoRA).
         Olora = "olora",
+        /// The first normal with deviation 1 / rank, the second at zero.
+        Gaussian = "gaussian",
+        /// Both at random in directions orthogonal to each other.
+        Orthogonal = "orthogonal",
+        /// The first at zero, the second at the weight's smallest singular directions, where it stays
+        /// (MiCA).
+        Mica = "mica",
+    }
+}
+
+impl Init {
+    /// Returns whether the product does not begin at zero and is taken off the weight.
+    fn is_taken_off(self) -> bool {
+        matches!(self, Self::Pissa | Self::Olora)
     }
 }
 
@@ -283,6 +297,13 @@ impl Lora {
         let (rank, module) = (pair.rank, pair.weight.module());
         Ok(match self.options.init {
             Init::Random => None,
+            Init::Gaussian => Some(factor_start::gaussian(pair.weight.matrix(), rank, random)),
+            Init::Orthogonal => Some(factor_start::orthogonal(pair.weight.matrix(), rank, random)),
+            Init::Mica => Some(factor_start::minor(
+                &weights.values(&pair.weight.name)?,
+                pair.weight.matrix(),
+                rank,
+            )),
             Init::Pissa => {
                 Some(factor_start::principal(weight()?, rank, pair.scale, random, module)?)
             }
@@ -305,6 +326,22 @@ impl Lora {
             })
         };
         let [rows, columns] = pair.weight.matrix();
+        if pair.weight.kind == Kind::Embedding {
+            let help = "set `init` to \"random\"";
+            return refuse("not for embeddings", "linear layers".to_owned(), help);
+        }
+        match self.options.init {
+            Init::Orthogonal if !pair.rank.is_multiple_of(2) => {
+                let expected = "an even rank".to_owned();
+                return refuse("half of the rank is for each factor", expected, "change `rank`");
+            }
+            Init::Mica if self.options.freeze_first => {
+                let expected = "`freeze_first` = false".to_owned();
+                return refuse("the second factor stays as it is", expected, "let the first train");
+            }
+            _ if !self.options.init.is_taken_off() => return Ok(()),
+            _ => {}
+        }
         if self.options.dora || pair.weight.kind == Kind::Embedding || pair.scale <= 0.0 {
             return refuse(
                 "not for DoRA, embeddings, or a scale of 0",
@@ -421,7 +458,8 @@ fn pair_parameters(pair: &Pair<'_>, options: &LoraOptions) -> Vec<PlannedParamet
         planned("lora_B.weight", &[rows, pair.rank]),
     ];
     list[0].trains = !options.freeze_first;
-    if options.init != Init::Random {
+    list[1].trains = options.init != Init::Mica;
+    if options.init.is_taken_off() {
         list.push(planned(START_A, &[pair.rank, columns]));
         list.push(planned(START_B, &[rows, pair.rank]));
         list[2..].iter_mut().for_each(|start| start.trains = false);
@@ -458,6 +496,9 @@ impl Method for Lora {
             "rank = 2",
             "rank = 2\ninit = \"pissa\"",
             "rank = 2\ninit = \"olora\"\nfreeze_first = true\nrslora = true",
+            "rank = 2\ninit = \"gaussian\"\nrate_ratio = 4.0",
+            "rank = 2\ninit = \"orthogonal\"\nlayers = [1]",
+            "rank = 2\ninit = \"mica\"\nexclude = [\"down_proj\", \"c_proj\"]",
             "rank = 2\ndora = true\ndropout = 0.1",
             "rank = 3\nrslora = true\nbias = \"all\"\nlayers = [1]",
             "rank = 2\ndora = true\nexclude = [\"down_proj\", \"c_proj\"]",
@@ -515,7 +556,8 @@ impl Method for Lora {
                 }
             });
             let mut next = 2;
-            let start = start.as_ref().map(|(a, b)| {
+            let taken_off = start.as_ref().filter(|_| self.options.init.is_taken_off());
+            let start = taken_off.map(|(a, b)| {
                 next += 2;
                 (
                     add(2, &mut |values| values.copy_from_slice(a)),
@@ -559,11 +601,7 @@ impl Method for Lora {
         Ok(changes)
     }
 
-    fn fold(
-        &self,
-        parameters: &Parameters,
-        tensors: &mut BTreeMap<String, (Vec<usize>, Vec<f32>)>,
-    ) {
+    fn fold(&self, parameters: &Parameters, tensors: &mut FileTensors) {
         for (id, parameter) in parameters.iter() {
             let Some(module) = parameter.name.strip_suffix(START_A) else { continue };
             let Some(start_b) = parameters.find(&format!("{module}{START_B}")) else { continue };
@@ -601,7 +639,7 @@ impl Method for Lora {
         // Factors that did not begin at zero are saved with those they began with, as one pair of
         // twice the rank; alpha makes up for it.
         let (ranks, alphas) = match (o.init, o.rslora) {
-            (Init::Random, _) => (1, 1.0),
+            (init, _) if !init.is_taken_off() => (1, 1.0),
             (_, false) => (2, 2.0),
             (_, true) => (2, std::f64::consts::SQRT_2),
         };

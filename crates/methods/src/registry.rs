@@ -7,12 +7,13 @@ use retune_options::{OptionSpec, Options, Reader};
 use serde_json::Value;
 
 use crate::{
-    adalora, apet, autopeft, beft, bitfit, boft, c3a, cartridge, child_tuning, compacter, cpt,
-    deft, delora, dept, diff_pruning, dsee, fourierft, full, glora, gralora, hft, hira, hra, ia3,
-    iaa, id3, lily, llama_adapter, ln_tuning, locft, loha, lokr, lora, lt_sft, miss,
-    multitask_prompt_tuning, oft, osf, p_tuning, peanut, poly, prefix_tuning, prompt_tuning, psoft,
-    pvera, r_amt, randlora, reft, road, said, sara, shira, spiel, ssf, supertuning, tinylora,
-    trainable_tokens, unified_view, unilora, unipelt, vblora, vera, waveft,
+    adalora, adamss, adapter_fusion, apet, autopeft, beft, bitfit, boft, c3a, cartridge,
+    child_tuning, compacter, cpt, deft, delora, dept, diff_pruning, dsee, fourierft, frod, full,
+    glora, gralora, hft, hira, hra, ia3, iaa, id3, lily, llama_adapter, ln_tuning, locft, loftq,
+    loha, lokr, lora, loretta_adp, loretta_rep, lt_sft, miss, multitask_prompt_tuning, oft, osf,
+    p_tuning, peanut, poly, prefix_tuning, prompt_tuning, psoft, pvera, r_amt, randlora, reft,
+    road, said, sara, shira, spiel, ssf, supertuning, tinylora, trainable_tokens, unified_view,
+    unilora, unipelt, vblora, vera, waveft,
 };
 
 /// Makes a method from an `adapter_config.json`.
@@ -88,12 +89,18 @@ pub const METHODS: &[Plugin] = &[
     apet::PLUGIN,
     locft::PLUGIN,
     diff_pruning::PLUGIN,
+    adamss::PLUGIN,
+    frod::PLUGIN,
     osf::PLUGIN,
     psoft::PLUGIN,
     tinylora::PLUGIN,
     unilora::PLUGIN,
     said::PLUGIN,
     dsee::PLUGIN,
+    adapter_fusion::PLUGIN,
+    loftq::PLUGIN,
+    loretta_rep::PLUGIN,
+    loretta_adp::PLUGIN,
 ];
 
 /// Finds a method by the name a recipe uses.

@@ -1,6 +1,8 @@
 //! Singular value decompositions in double precision.
 
-use retune_eigen::{dot, symmetric};
+use retune_eigen::{add_scaled, dot, symmetric};
+
+use crate::linear_algebra::{product, transposed};
 
 /// W = U·diag(s)·Vᵀ with `k` = min(rows, columns), s falling.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,12 +24,46 @@ impl Svd {
     /// vector that is largest in size is positive, the first of equals.
     pub fn new(w: &[f32], rows: usize, columns: usize) -> Self {
         let wide: Vec<f64> = w.iter().map(|value| f64::from(*value)).collect();
+        Self::of(&wide, rows, columns)
+    }
+
+    /// Approximates the `count` leading directions of a matrix `[rows, columns]` by subspace
+    /// iteration (Halko, Martinsson and Tropp 2011, arXiv 0909.4061).
+    ///
+    /// # Shapes
+    /// - `start`: `[min(rows, columns), count]`, where the iteration begins
+    pub fn leading(
+        w: &[f64],
+        [rows, columns]: [usize; 2],
+        start: &[f64],
+        count: usize,
+        rounds: usize,
+    ) -> Self {
+        if rows < columns {
+            let turned = transposed(w, rows, columns);
+            let other = Self::leading(&turned, [columns, rows], start, count, rounds);
+            let (u, vt) =
+                (transposed(&other.vt, count, rows), transposed(&other.u, columns, count));
+            return Self { u, vt, ..other };
+        }
+        let turned = transposed(w, rows, columns);
+        let mut basis = orthonormal(product(w, start, columns, count), count);
+        for _ in 0..rounds {
+            let inputs = orthonormal(product(&turned, &basis, rows, count), count);
+            basis = orthonormal(product(w, &inputs, columns, count), count);
+        }
+        let small = product(&transposed(&basis, rows, count), w, rows, columns);
+        let inner = Self::of(&small, count, columns);
+        Self { u: product(&basis, &inner.u, count, count), ..inner }
+    }
+
+    fn of(wide: &[f64], rows: usize, columns: usize) -> Self {
         // The eigenvectors of the smaller Gram matrix are one side, W times them the other.
         let mut svd = if rows >= columns {
-            let (u, s, vt) = tall(&wide, rows, columns);
+            let (u, s, vt) = tall(wide, rows, columns);
             Self { u: transposed(&u, columns, rows), s, vt, k: columns }
         } else {
-            let (v, s, ut) = tall(&transposed(&wide, rows, columns), columns, rows);
+            let (v, s, ut) = tall(&transposed(wide, rows, columns), columns, rows);
             Self { u: transposed(&ut, rows, rows), s, vt: v, k: rows }
         };
         for i in 0..svd.k {
@@ -52,6 +88,25 @@ impl Svd {
         let columns = self.vt.len() / self.k.max(1);
         self.vt[from * columns..to * columns].iter().map(|v| *v as f32).collect()
     }
+}
+
+/// Returns an orthonormal basis of the columns of `a`, `[rows, count]`.
+fn orthonormal(a: Vec<f64>, count: usize) -> Vec<f64> {
+    let rows = a.len() / count.max(1);
+    let mut columns = transposed(&a, rows, count);
+    for at in 0..count {
+        let (known, rest) = columns.split_at_mut(at * rows);
+        let column = &mut rest[..rows];
+        // Twice is enough for orthogonality to the last bits (Kahan).
+        for _ in 0..2 {
+            for other in known.chunks_exact(rows.max(1)) {
+                add_scaled(column, -dot(column, other), other);
+            }
+        }
+        let length = dot(column, column).sqrt();
+        column.iter_mut().for_each(|v| *v = if length > 0.0 { *v / length } else { 0.0 });
+    }
+    transposed(&columns, count, rows)
 }
 
 /// Decomposes `a`, `[rows, n]` with `rows` ≥ `n`; returns Uᵀ `[n, rows]`, s and Vᵀ `[n, n]`.
@@ -83,10 +138,6 @@ fn tall(a: &[f64], rows: usize, n: usize) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
     (ut, s, vt)
 }
 
-fn transposed(a: &[f64], rows: usize, columns: usize) -> Vec<f64> {
-    (0..columns).flat_map(|c| (0..rows).map(move |r| a[r * columns + c])).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -106,6 +157,32 @@ mod tests {
         close(&svd.s, &[3.0, 2.0], 1e-12);
         close(&svd.vt, &[1.0, 0.0, 0.0, 1.0], 1e-12);
         close(&svd.u, &[0.0, -1.0, 1.0, 0.0], 1e-12);
+    }
+
+    #[test]
+    fn leading_directions_are_those_of_the_whole_decomposition() {
+        for (rows, columns) in [(12, 7), (7, 12)] {
+            let mut w = vec![0.0; rows * columns];
+            Seed(4).stream("svd", &[rows as u64]).fill_normal(&mut w, 1.0);
+            let wide: Vec<f64> = w.iter().map(|value| f64::from(*value)).collect();
+            let mut start = vec![0.0; 7 * 3];
+            Seed(5).stream("start", &[]).fill_normal(&mut start, 1.0);
+            let start: Vec<f64> = start.iter().map(|value| f64::from(*value)).collect();
+            let some = Svd::leading(&wide, [rows, columns], &start, 3, 200);
+            let whole = Svd::new(&w, rows, columns);
+            close(&some.s, &whole.s[..3], 1e-9);
+            close(
+                &some.vt.iter().map(|v| v.abs()).collect::<Vec<_>>(),
+                &whole.vt[..3 * columns].iter().map(|v| v.abs()).collect::<Vec<_>>(),
+                1e-6,
+            );
+            for row in 0..rows {
+                for at in 0..3 {
+                    let (found, expected) = (some.u[row * 3 + at], whole.u[row * 7 + at]);
+                    assert!((found.abs() - expected.abs()).abs() < 1e-6, "{found} {expected}");
+                }
+            }
+        }
     }
 
     #[test]

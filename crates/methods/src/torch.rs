@@ -45,6 +45,13 @@ impl TorchGenerator {
         y ^ (y >> 18)
     }
 
+    /// Draws from `[0, 1)` with 53 bits, as NumPy's `RandomState(seed).random_sample()`, which is the
+    /// same generator.
+    pub fn double(&mut self) -> f64 {
+        let (high, low) = (self.bits() >> 5, self.bits() >> 6);
+        (f64::from(high) * 67_108_864.0 + f64::from(low)) / 9_007_199_254_740_992.0
+    }
+
     /// Returns the first `count` of a random order of `0..n`, as `torch.randperm(n)[:count]`.
     pub fn permutation(&mut self, n: usize, count: usize) -> Vec<u32> {
         let mut order: Vec<u32> = (0..n as u32).collect();
@@ -136,6 +143,15 @@ mod tests {
     #[test]
     fn uniform_numbers_are_pytorchs() {
         close(&TorchGenerator::new(0).uniform(3, 0.0, 1.0), &[0.4963, 0.7682, 0.0885]);
+    }
+
+    // As NumPy's documentation shows `RandomState(42)`.
+    #[test]
+    fn doubles_are_numpys() {
+        let mut generator = TorchGenerator::new(42);
+        for expected in [0.374_540_118_8, 0.950_714_306_4, 0.731_993_941_8] {
+            assert!((generator.double() - expected).abs() < 1e-9);
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::adapter::PREFIX;
 use crate::prefix_tuning::{MadePrefix, key_width};
 use crate::registry;
 use crate::state::block::{Ends, Nonlinearity, Plan};
-use crate::state::sublayer::{Adapter, Extra, HeadAdapter, Insertion, Queries};
+use crate::state::sublayer::{Adapter, Extra, HeadAdapter, Insertion, Queries, Through};
 use crate::state::{FileTensors, Form, Made, Slot, Start, StateMethod, kaiming, layers, planned};
 
 choice! {
@@ -22,6 +22,10 @@ choice! {
         Relu = "relu",
         /// `gelu(x D) U`
         Gelu = "gelu",
+        /// `silu(x D) U`
+        Silu = "silu",
+        /// `tanh(x D) U`
+        Tanh = "tanh",
         /// `x D U`: no activation.
         Identity = "identity",
         /// `softmax(x D) U` in each head: a prefix.
@@ -72,6 +76,9 @@ options! {
         start: Ends = Ends::Lora;
         /// Whether an adapter normalises its input.
         norm: bool = false;
+        /// Norm of the model a sequential adapter reads through, together with the residual, with
+        /// `{layer}` for the layer's number: AdapterHub's seq_bn; empty reads the state as it is.
+        after_norm: String = String::new();
         /// Width of the network that makes a prefix while it trains; 0 trains it directly.
         reparameterise: usize = 0, in 0..=65536;
         /// Probability of dropping a number inside an adapter while training.
@@ -162,6 +169,8 @@ impl Module {
         let plan = Plan {
             nonlinearity: match self.form {
                 Function::Gelu => Nonlinearity::Gelu,
+                Function::Silu => Nonlinearity::Silu,
+                Function::Tanh => Nonlinearity::Tanh,
                 Function::Identity => Nonlinearity::Identity,
                 _ => Nonlinearity::Relu,
             },
@@ -171,6 +180,9 @@ impl Module {
             ..Plan::new(spec.width, self.size, outputs)
         };
         plan.check(setting, spec.causal)?;
+        if !self.after_norm.is_empty() && self.insertion == Insertion::Parallel {
+            return refuse("after_norm", "a parallel adapter reads no norm behind", "\"\"");
+        }
         Ok(Kind::Bottleneck(plan, site))
     }
 
@@ -198,7 +210,52 @@ fn root(row: usize) -> String {
     format!("{PREFIX}unified.{row}")
 }
 
+/// A bottleneck at its place, for what is built of such.
+#[derive(Debug, Clone)]
+pub struct Placed {
+    /// What stands before the names of its tensors.
+    pub name: String,
+    /// The state it changes.
+    pub site: Site,
+    /// How it is made.
+    pub plan: Plan,
+    /// Where its input comes from.
+    pub insertion: Insertion,
+    /// Factor on its result.
+    pub scale: f64,
+    /// Norm of the model it reads through, and the layer; empty for none.
+    pub after_norm: (String, usize),
+}
+
 impl UnifiedView {
+    /// Returns the bottlenecks of all rows.
+    ///
+    /// # Errors
+    /// If a row is impossible for this model, or makes something else.
+    pub fn bottlenecks(&self, spec: &ModelSpec) -> Result<Vec<Placed>> {
+        let rows = self.rows();
+        let placed = |unit: Unit| {
+            let module = &rows[unit.row];
+            let name = unit.name();
+            match unit.kind {
+                Kind::Bottleneck(plan, site) => {
+                    let (insertion, scale) = (module.insertion, module.factor());
+                    let after_norm = (module.after_norm.clone(), unit.layer);
+                    Ok(Placed { name, site, plan, insertion, scale, after_norm })
+                }
+                _ => Err(Error::Setting {
+                    setting: format!("{NAME}.modules[{}]", unit.row),
+                    what: "no bottleneck".to_owned(),
+                    expected: "an adapter behind or beside a sub-layer".to_owned(),
+                    found: format!("form {:?} at {:?}", module.form, module.place).to_lowercase(),
+                    help: "train adapters with place = \"feed-forward\" or \"attention\""
+                        .to_owned(),
+                }),
+            }
+        };
+        self.units(spec)?.into_iter().map(placed).collect()
+    }
+
     /// Returns the rows of the table.
     fn rows(&self) -> Vec<Module> {
         if !self.modules.is_empty() {
@@ -350,6 +407,7 @@ impl StateMethod for UnifiedView {
                             insertion: module.insertion,
                             scale: module.factor(),
                             residual: module.insertion == Insertion::Sequential,
+                            through: Through::named(&module.after_norm, layer, made.weights)?,
                         },
                     );
                 }

@@ -70,7 +70,9 @@ pub struct Seeded {
 /// # Errors
 /// If the adapter does not fit the recipe's model.
 pub fn start_seeded(update: &mut Update, prepared: &Prepared) -> Result<Option<Seeded>> {
-    if update.start() != Start::Zero {
+    let method = prepared.recipe.method.options();
+    let drawn = method.get("init").is_none_or(|init| init.item.value.to_json() == "random");
+    if update.start() != Start::Zero || !drawn {
         return Ok(None);
     }
     let adapter = Adapter::read(update.path())?;

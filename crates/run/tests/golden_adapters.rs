@@ -10,6 +10,7 @@ use retune_core::model::{Output, Tuned};
 use retune_core::parameters::{Parameters, to_vec};
 use retune_core::random::Seed;
 use retune_core::weights::{Packing, Weights};
+use retune_files::Dtype;
 use retune_files::safetensors::SafetensorsFile;
 use retune_methods::adapter::Adapter;
 use retune_run::export::merged;
@@ -30,12 +31,13 @@ fn check(case: &str) {
 }
 
 fn check_within(case: &str, merged_tolerance: f32) {
-    check_with(case, merged_tolerance, |_, _, _, _| {});
+    check_with(case, merged_tolerance, |_, _| {}, |_, _, _, _| {});
 }
 
 fn check_with(
     case: &str,
     merged_tolerance: f32,
+    complete: impl Fn(&mut Adapter, &SafetensorsFile),
     prepare: impl Fn(&Weights, &Changes, &mut Parameters, &SafetensorsFile),
 ) {
     let checkpoint = retune_models::open(&pack().join("base")).unwrap();
@@ -47,12 +49,13 @@ fn check_with(
     )
     .unwrap();
     let folder = pack().join(case);
-    let adapter = Adapter::read(&folder).unwrap();
+    let want = SafetensorsFile::open(folder.join("expected.safetensors")).unwrap();
+    let mut adapter = Adapter::read(&folder).unwrap();
+    complete(&mut adapter, &want);
     let method = adapter.method().unwrap();
     let mut parameters = Parameters::new(&Device::flex());
     let changes = method.attach(&weights, &mut parameters, Seed(0)).unwrap();
     adapter.fill(&folder, &mut parameters).unwrap();
-    let want = SafetensorsFile::open(folder.join("expected.safetensors")).unwrap();
     prepare(&weights, &changes, &mut parameters, &want);
     let tuned = Tuned {
         model: &*checkpoint.model,
@@ -150,6 +153,12 @@ fn head_saved_whole() {
 #[test]
 fn adalora() {
     check("adalora");
+}
+
+/// Ranks are missing here and there, and all of one weight.
+#[test]
+fn adalora_that_pruned_its_ranks() {
+    check("adalora_pruned");
 }
 
 #[test]
@@ -286,11 +295,69 @@ fn osf() {
     check_within("osf", 5e-6);
 }
 
+#[test]
+fn frod() {
+    check("frod");
+}
+
+/// PEFT's file leaves which rows belong to which cluster to whoever decomposes the base again; where
+/// the weight's directions are taken in part, its clusters come out.
+#[test]
+fn adamss_with_clusters_made_again() {
+    check("adamss_low_rank");
+}
+
+/// Where all directions are taken, all rows are equally far from each other and rounding decides: the
+/// file is refused, and with the clusters it was made with, read off PEFT's merged weights and
+/// written as retune writes them, PEFT's numbers come out.
+#[test]
+fn adamss() {
+    let error = refused("adamss", |_| {});
+    assert!(error.contains("does not say which rows"), "{error}");
+    let weights = base_weights();
+    let complete = |adapter: &mut Adapter, want: &SafetensorsFile| {
+        for view in want.tensors().filter(|view| view.name.starts_with("merged.")) {
+            let name = view.name.strip_prefix("merged.").unwrap();
+            let key = format!("base_model.model.{}", name.strip_suffix("weight").unwrap());
+            let base = weights.values(name).unwrap();
+            let merged = view.to_f32().unwrap();
+            let columns = view.shape[1];
+            let factor = |part: &str| adapter.tensors[&format!("{key}{part}")].1.clone();
+            let mut clusters = vec![-1; view.shape[0]];
+            for cluster in 0..5 {
+                // Of rank 1: row by row, a number of B times A times the directions.
+                let a = factor(&format!("adamss_A.{cluster}"));
+                let directions = factor("adamss_newB");
+                let along = |column: usize| -> f32 {
+                    a.iter().enumerate().map(|(k, a)| a * directions[k * columns + column]).sum()
+                };
+                let along: Vec<f32> = (0..columns).map(along).collect();
+                for b in factor(&format!("adamss_B.{cluster}")) {
+                    let gap = |row: &usize| -> f32 {
+                        let entries = row * columns..(row + 1) * columns;
+                        let change = entries.map(|at| merged[at] - base[at]).zip(&along);
+                        change.map(|(found, along)| (found - b * along).abs()).fold(0.0, f32::max)
+                    };
+                    let rows = (0..clusters.len()).filter(|row| clusters[*row] == -1);
+                    let row = rows.min_by(|x, y| gap(x).total_cmp(&gap(y))).unwrap();
+                    clusters[row] = cluster;
+                }
+            }
+            let shape = vec![clusters.len()];
+            let name = format!("{key}adamss_clusters");
+            adapter.integers.insert(name, (Dtype::I32, shape, clusters));
+        }
+        adapter.config["retune_complete"] = true.into();
+    };
+    check_with("adamss", 1e-6, complete, |_, _, _, _| {});
+}
+
 /// PEFT's file leaves the signs of the singular vectors to whoever decomposes the base again: with
 /// those of PEFT's own decomposition, read off its merged weights, its numbers come out.
 #[test]
 fn psoft() {
-    check_with("psoft", 1e-6, |weights, changes, parameters, want| {
+    let as_it_is = |_: &mut Adapter, _: &SafetensorsFile| {};
+    check_with("psoft", 1e-6, as_it_is, |weights, changes, parameters, want| {
         let scope = Scope::new(parameters, Mode::Evaluate);
         let mut flips = Vec::new();
         for name in changes.changed_weights() {

@@ -100,6 +100,17 @@ pub trait Formula: Debug + Send + Sync {
         None
     }
 
+    /// Computes the same where the base does not matter, without the changed weight.
+    fn linear_alone(
+        &self,
+        _x: &Tensor<2>,
+        _bias: Option<&Tensor<1>>,
+        _held: &Held,
+        _scope: &mut Scope<'_>,
+    ) -> Option<Tensor<2>> {
+        None
+    }
+
     /// Returns whether the base does not matter.
     fn replaces_base(&self) -> bool {
         false
@@ -246,6 +257,15 @@ impl WeightChange for Attached {
         scope: &mut Scope<'_>,
     ) -> Option<Tensor<2>> {
         self.formula.linear(x, base, bias, &self.held, scope)
+    }
+
+    fn linear_alone(
+        &self,
+        x: &Tensor<2>,
+        bias: Option<&Tensor<1>>,
+        scope: &mut Scope<'_>,
+    ) -> Option<Tensor<2>> {
+        self.formula.linear_alone(x, bias, &self.held, scope)
     }
 
     fn replaces_base(&self) -> bool {

@@ -8,11 +8,13 @@ mod formula;
 mod slot;
 mod tuner;
 
+use std::borrow::Cow;
 use std::cell::OnceCell;
 use std::fmt::Debug;
 
 use retune_core::Result;
-use retune_core::method::{Card, Promises};
+use retune_core::method::{Card, FileIntegers, FileTensors, Promises, StepView};
+use retune_core::parameters::Parameters;
 use retune_core::random::Random;
 use retune_core::spec::{Kind, ModelSpec, Role};
 use retune_core::targets::Among;
@@ -107,7 +109,10 @@ pub struct Context<'a> {
     pub original: Option<&'a Value>,
     /// Whole numbers that are made once for all targets.
     pub once: &'a OnceCell<Vec<i32>>,
+    /// What [`WeightMethod::shared_values`] returned; empty while only planning.
+    pub shared: &'a [Values],
 }
+
 /// A method that changes weights one by one; its options are the method.
 pub trait WeightMethod: Options + Debug + Send + Sync + 'static {
     /// What is fixed about it.
@@ -167,6 +172,32 @@ pub trait WeightMethod: Options + Debug + Send + Sync + 'static {
         Promises::default()
     }
 
+    /// Acts on the gradients of a step, as [`Method::on_gradients`] does.
+    ///
+    /// [`Method::on_gradients`]: retune_core::method::Method::on_gradients
+    fn on_gradients(&self, _step: &mut StepView<'_>) {}
+
+    /// Acts after the parameters have moved.
+    fn on_step(&self, _step: &mut StepView<'_>) {}
+
+    /// Says in the configuration of an adapter what training decided.
+    fn describe(&self, _parameters: &Parameters, _config: &mut Value) {}
+
+    /// Turns what was trained into what an adapter's file holds.
+    fn fold(&self, _parameters: &Parameters, _tensors: &mut FileTensors) {}
+
+    /// Turns what an adapter's file holds into what was attached, as [`Method::unfold`] does.
+    ///
+    /// [`Method::unfold`]: retune_core::method::Method::unfold
+    fn unfold(
+        &self,
+        _parameters: &Parameters,
+        _integers: &FileIntegers,
+        _tensors: &mut Cow<'_, FileTensors>,
+    ) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Edits the configuration a new adapter is written with.
     fn finish_config(&self, _config: &mut Map<String, Value>, _targets: &[Target]) {}
 
@@ -195,6 +226,7 @@ pub(crate) mod by_hand {
         Integers(&'a [i32]),
         /// One all targets share.
         Shared(&'a [usize], &'a [f32]),
+        SharedIntegers(&'a [i32]),
     }
 
     /// Computes the changed weight of a base of two rows.
@@ -211,12 +243,14 @@ pub(crate) mod by_hand {
                 Given::Shared(shape, values) => {
                     held.shared.push(parameters.add_buffer(name, shape, values.to_vec()));
                 }
-                Given::Integers(values) => {
+                Given::Integers(values) | Given::SharedIntegers(values) => {
                     let limits = vec![i32::MAX];
                     let values = values.to_vec();
                     let shape = [values.len()];
                     let integers = Integers { values, dtype: Dtype::I32, limits };
-                    held.own.push(parameters.add_integers(name, &shape, integers));
+                    let id = parameters.add_integers(name, &shape, integers);
+                    let shared = matches!(given, Given::SharedIntegers(_));
+                    if shared { &mut held.shared } else { &mut held.own }.push(id);
                 }
             }
         }

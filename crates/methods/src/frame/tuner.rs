@@ -1,11 +1,14 @@
 //! A method of the frame as every other crate sees it: targets, plan, changes, configuration.
 
+use std::borrow::Cow;
 use std::cell::OnceCell;
 use std::sync::Arc;
 
 use retune_core::Result;
 use retune_core::change::Changes;
-use retune_core::method::{Card, Method, MethodPlan, Promises};
+use retune_core::method::{
+    Card, FileIntegers, FileTensors, Method, MethodPlan, Promises, StepView,
+};
 use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
 use retune_core::spec::{ModelSpec, WeightSpec};
@@ -102,7 +105,7 @@ impl<M: WeightMethod> Tuner<M> {
     fn context<'a>(&'a self, targets: &'a [Target], once: &'a OnceCell<Vec<i32>>) -> Context<'a> {
         let original = self.original.as_ref();
         let is_complete = original.is_none_or(|config| M::is_complete(config));
-        Context { targets, is_complete, original, once }
+        Context { targets, is_complete, original, once, shared: &[] }
     }
 
     fn saved<'a>(
@@ -179,7 +182,9 @@ impl<M: WeightMethod> Method for Tuner<M> {
         let context = self.context(&targets, &once);
         let purpose = M::FACTS.card.name;
         let mut random = seed.stream(purpose, &[0]);
-        let mut computed = self.options.shared_values(&context, weights)?.into_iter();
+        let values = self.options.shared_values(&context, weights)?;
+        let context = Context { shared: &values, ..context };
+        let mut computed = values.clone().into_iter();
         let slots = self.options.shared(&context)?;
         let shared: Vec<_> = slots
             .iter()
@@ -212,6 +217,33 @@ impl<M: WeightMethod> Method for Tuner<M> {
             replacement::attach(&name, weight, weights, parameters, &mut changes)?;
         }
         Ok(changes)
+    }
+
+    fn on_gradients(&mut self, step: &mut StepView<'_>) -> Result<()> {
+        self.options.on_gradients(step);
+        Ok(())
+    }
+
+    fn on_step(&mut self, step: &mut StepView<'_>) -> Result<()> {
+        self.options.on_step(step);
+        Ok(())
+    }
+
+    fn describe(&self, parameters: &Parameters, config: &mut Value) {
+        self.options.describe(parameters, config);
+    }
+
+    fn fold(&self, parameters: &Parameters, tensors: &mut FileTensors) {
+        self.options.fold(parameters, tensors);
+    }
+
+    fn unfold(
+        &self,
+        parameters: &Parameters,
+        integers: &FileIntegers,
+        tensors: &mut Cow<'_, FileTensors>,
+    ) -> Vec<String> {
+        self.options.unfold(parameters, integers, tensors)
     }
 
     fn adapter_config(&self, spec: &ModelSpec) -> Option<Value> {

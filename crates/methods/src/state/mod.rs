@@ -10,11 +10,11 @@ pub mod keys;
 pub mod prompt;
 pub mod sublayer;
 
-use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::sync::Arc;
 
 use retune_core::change::Changes;
+pub use retune_core::method::FileTensors;
 use retune_core::method::{
     Card, Method, MethodPlan, PlannedParameter, Promises, Refusal, StepView,
 };
@@ -30,9 +30,6 @@ use serde_json::{Map, Value, json};
 use crate::adapter::peft_config;
 use crate::replacement;
 use keys::Keys;
-
-/// What an adapter's file holds: names, shapes and values.
-pub type FileTensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
 /// The key that holds a method's options in an adapter that is not one of PEFT's.
 const OPTIONS: &str = "retune_options";
@@ -96,6 +93,23 @@ impl Slot {
         Self { trains: false, ..self }
     }
 
+    /// Adds the parameter with its first values.
+    ///
+    /// # Errors
+    /// If the rows of the model it begins as cannot be read.
+    pub fn add(self, weights: &Weights, seed: Seed, parameters: &mut Parameters) -> Result<()> {
+        let values = self.values(weights, seed)?;
+        let id = if self.trains {
+            parameters.add(self.name, &self.shape, values)
+        } else {
+            parameters.add_buffer(self.name, &self.shape, values)
+        };
+        let parameter = parameters.get_mut(id);
+        parameter.rate_factor = self.rate_factor;
+        parameter.decays = self.decays;
+        Ok(())
+    }
+
     fn values(&self, weights: &Weights, seed: Seed) -> Result<Vec<f32>> {
         let mut random = seed.stream(&self.name, &[]);
         let mut values = vec![0.0; self.shape.iter().product()];
@@ -135,7 +149,12 @@ pub struct Made<'a> {
     parameters: &'a Parameters,
 }
 
-impl Made<'_> {
+impl<'a> Made<'a> {
+    /// Names the parameters made over a base.
+    pub fn new(weights: &'a Weights, seed: Seed, parameters: &'a Parameters) -> Self {
+        Self { weights, seed, parameters }
+    }
+
     /// Returns the parameter of a slot.
     ///
     /// # Panics
@@ -371,17 +390,9 @@ impl<T: StateMethod> Method for State<T> {
         let spec = Arc::clone(weights.spec());
         room(&spec, self.options.num_positions(), T::NAME)?;
         for slot in self.options.slots(&spec, self.form())? {
-            let values = slot.values(weights, seed)?;
-            let id = if slot.trains {
-                parameters.add(slot.name, &slot.shape, values)
-            } else {
-                parameters.add_buffer(slot.name, &slot.shape, values)
-            };
-            let parameter = parameters.get_mut(id);
-            parameter.rate_factor = slot.rate_factor;
-            parameter.decays = slot.decays;
+            slot.add(weights, seed, parameters)?;
         }
-        let made = Made { weights, seed, parameters };
+        let made = Made::new(weights, seed, parameters);
         let mut changes = self.options.build(&spec, self.form(), &made)?;
         for (name, weight) in self.beside(&spec)? {
             replacement::attach(&name, weight, weights, parameters, &mut changes)?;

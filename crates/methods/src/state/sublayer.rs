@@ -37,6 +37,39 @@ pub struct Adapter {
     pub scale: f64,
     /// Whether a sequential module is added to its input; a parallel one adds its input too.
     pub residual: bool,
+    /// A norm of the model that a sequential module reads through.
+    pub through: Option<Through>,
+}
+
+/// A frozen norm behind a sub-layer, of the sum with the residual.
+#[derive(Debug)]
+pub struct Through {
+    gain: Tensor<1>,
+    bias: Option<Tensor<1>>,
+    epsilon: f64,
+}
+
+impl Through {
+    /// Finds the norm of a layer by its name, with `{layer}` for the number; none by no name.
+    ///
+    /// # Errors
+    /// If the model has no such norm, naming the nearest weights.
+    pub fn named(name: &str, layer: usize, weights: &Weights) -> Result<Option<Self>> {
+        if name.is_empty() {
+            return Ok(None);
+        }
+        let module = name.replace("{layer}", &layer.to_string());
+        let spec = weights.spec();
+        let bias = format!("{module}.bias");
+        let bias = spec.weight(&bias).is_some().then(|| weights.vector(&bias)).transpose()?;
+        let epsilon = spec.config.get("layer_norm_eps").and_then(serde_json::Value::as_f64);
+        let gain = weights.vector(&format!("{module}.weight"))?;
+        Ok(Some(Self { gain, bias, epsilon: epsilon.unwrap_or(1e-12) }))
+    }
+
+    fn apply(&self, x: Tensor<2>) -> Tensor<2> {
+        layer_norm(x, self.gain.clone(), self.bias.clone(), self.epsilon)
+    }
 }
 
 impl StateChange for Adapter {
@@ -49,16 +82,29 @@ impl StateChange for Adapter {
     }
 
     fn apply(&self, y: Tensor<2>, at: &SiteView<'_>, scope: &mut Scope<'_>) -> Tensor<2> {
-        let read = match (self.insertion, at.input) {
-            (Insertion::Parallel, Some(input)) => input.clone(),
-            _ => y.clone(),
-        };
+        let read = read_of(self.insertion, self.through.as_ref(), &y, at);
         let added = self.block.apply(read.clone(), at, scope).mul_scalar(self.scale);
         match (self.insertion, self.residual) {
             (Insertion::Sequential, true) | (Insertion::Parallel, false) => y + added,
             (Insertion::Sequential, false) => added,
             (Insertion::Parallel, true) => y + read + added,
         }
+    }
+}
+
+/// Returns what a module reads at a sub-layer's result `y`.
+pub fn read_of(
+    insertion: Insertion,
+    through: Option<&Through>,
+    y: &Tensor<2>,
+    at: &SiteView<'_>,
+) -> Tensor<2> {
+    match (insertion, at.input, through) {
+        (Insertion::Parallel, Some(input), _) => input.clone(),
+        (Insertion::Sequential, Some(residual), Some(norm)) => {
+            norm.apply(y.clone() + residual.clone())
+        }
+        _ => y.clone(),
     }
 }
 
