@@ -510,11 +510,12 @@ impl<'a> Pass<'a> {
     /// Returns all keys and values of each document: those a cache holds, then the new ones, which
     /// it keeps.
     ///
-    /// `slot` names the place in the cache; `new` may be absent where the cache holds everything.
+    /// `slot` names the place in the cache; `new` may be absent where the cache holds everything,
+    /// which then is shared, not copied.
     ///
     /// # Shapes
     /// - `new`: `[rows, width]` each, documents as in `spans`; a document may have none
-    /// - returns: keys and values `[keys, width]`, and where each document's lie
+    /// - returns: keys and values `[keys, width]` of each document
     ///
     /// # Errors
     /// [`Error::Input`] if there is neither.
@@ -523,24 +524,25 @@ impl<'a> Pass<'a> {
         slot: usize,
         new: Option<(Tensor<2>, Tensor<2>)>,
         spans: &Spans,
-    ) -> Result<(Tensor<2>, Tensor<2>, Spans)> {
+    ) -> Result<Vec<(Tensor<2>, Tensor<2>)>> {
         let missing = || Error::Input {
             what: "a document continues a text that was never read".to_owned(),
             expected: "its earlier keys in the cache".to_owned(),
             found: "none".to_owned(),
             help: "read the document from its first token".to_owned(),
         };
+        let part = |span: &std::ops::Range<usize>| {
+            new.as_ref().map(|(k, v)| {
+                let part = |x: &Tensor<2>| x.clone().slice_dim(0, span.clone());
+                (part(k), part(v))
+            })
+        };
         let Some(cache) = self.cache.as_deref_mut() else {
-            let (k, v) = new.ok_or_else(missing)?;
-            return Ok((k, v, spans.clone()));
+            return spans.iter().map(|span| part(&span).ok_or_else(missing)).collect();
         };
         let documents = cache.tensors.entry(slot).or_default();
         for (place, span) in spans.iter().enumerate() {
-            let part = new.as_ref().filter(|_| !span.is_empty()).map(|(k, v)| {
-                let part = |x: &Tensor<2>| x.clone().slice_dim(0, span.clone());
-                (part(k), part(v))
-            });
-            match (documents.get_mut(place), part) {
+            match (documents.get_mut(place), part(&span).filter(|_| !span.is_empty())) {
                 (Some((old_k, old_v)), Some((k, v))) => {
                     *old_k = Tensor::cat(vec![old_k.clone(), k], 0);
                     *old_v = Tensor::cat(vec![old_v.clone(), v], 0);
@@ -550,11 +552,7 @@ impl<'a> Pass<'a> {
                 (None, None) => return Err(missing()),
             }
         }
-        let spans = Spans::from_lengths(documents.iter().map(|(k, _)| k.dims()[0]));
-        let join = |pick: fn(&(Tensor<2>, Tensor<2>)) -> Tensor<2>| {
-            Tensor::cat(documents.iter().map(pick).collect(), 0)
-        };
-        Ok((join(|d| d.0.clone()), join(|d| d.1.clone()), spans))
+        Ok(documents.clone())
     }
 
     /// Runs the state changes of a site, in order, then shows the result to the listener.

@@ -57,6 +57,22 @@ pub trait WeightSource: Debug + Send + Sync {
     /// # Errors
     /// If the file cannot be read or the tensor's type is not one of numbers.
     fn read(&self, name: &str) -> Result<Stored>;
+
+    /// Reads a tensor's numbers in row-major order, whatever they are stored as.
+    ///
+    /// # Errors
+    /// As [`WeightSource::read`].
+    fn read_values(&self, name: &str) -> Result<Vec<f32>> {
+        match self.read(name)? {
+            Stored::Values(values) => Ok(values),
+            Stored::Blocks(block, bytes) => {
+                let bytes = (*bytes).as_ref();
+                let mut values = vec![0.0; bytes.len() / block.block_bytes() * block.block_len()];
+                block.dequantize(bytes, &mut values)?;
+                Ok(values)
+            }
+        }
+    }
 }
 
 /// In which form frozen matrices are kept in memory, and how they are multiplied.
@@ -171,14 +187,7 @@ impl Weights {
     pub fn values(&self, name: &str) -> Result<Vec<f32>> {
         let weight = self.describe(name)?;
         let [rows, columns] = weight.matrix();
-        let values = match self.source.read(name)? {
-            Stored::Values(values) => values,
-            Stored::Blocks(block, bytes) => {
-                let mut values = vec![0.0; weight.count()];
-                block.dequantize((*bytes).as_ref(), &mut values)?;
-                values
-            }
-        };
+        let values = self.source.read_values(name)?;
         if weight.kind == (Kind::Linear { transposed: true }) {
             return Ok(transpose(&values, columns, rows));
         }

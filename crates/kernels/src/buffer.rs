@@ -19,6 +19,12 @@ const LEAST: usize = 1 << 12;
 /// A kept piece may be longer than what is asked for by one part in so many.
 const SLACK: usize = 8;
 
+/// Rounds a count up by at most a sixteenth, so that steps of nearly the same number of tokens find
+/// each other's pieces. What is not used is never touched, so it takes no memory.
+fn length_class(count: usize) -> usize {
+    count.next_multiple_of((count.next_power_of_two() >> 5).max(1))
+}
+
 /// What is kept, and how much is lent.
 struct Kept {
     /// Oldest first.
@@ -77,7 +83,7 @@ impl Buffer {
         }
         if let Some(mut piece) = kept(|kept| {
             let piece = kept.fitting(count);
-            kept.lend(piece.as_ref().map_or(count, Vec::capacity));
+            kept.lend(piece.as_ref().map_or_else(|| length_class(count), Vec::capacity));
             piece
         }) {
             piece.resize(count, 0.0);
@@ -85,7 +91,9 @@ impl Buffer {
         }
         // Given back to the system outside of the lock.
         drop(kept(Kept::shrink));
-        Self(vec![0.0; count])
+        let mut piece = vec![0.0; length_class(count)];
+        piece.truncate(count);
+        Self(piece)
     }
 
     /// Lends `count` zeros.
@@ -206,6 +214,18 @@ mod tests {
         drop(shorter);
         let longer = Buffer::dirty(COUNT);
         assert_eq!((longer.as_ptr(), longer.len()), (place, COUNT));
+    }
+
+    #[test]
+    fn nearly_equal_counts_share_their_memory() {
+        for count in [1, 100, LEAST, 70_001, 1 << 20, 1_000_003] {
+            let class = length_class(count);
+            assert!(count <= class && class - count <= count / 16, "{count} became {class}");
+        }
+        // Both round up to nineteen times 2¹⁷ / 32.
+        let count = 75_000;
+        let place = Buffer::dirty(count).as_ptr();
+        assert_eq!(Buffer::dirty(count + 2000).as_ptr(), place);
     }
 
     #[test]

@@ -155,13 +155,15 @@ impl Operation<1> for Expand {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check::{Numbers, agree, vector};
+    use crate::check::{Numbers, agree, differences, vector};
 
     #[test]
     fn fast_is_the_reference() {
         let mut numbers = Numbers(41);
-        for (few, many) in [(1, 1), (3, 50), (16, 16), (40, 7), (10, 1000)] {
-            let mut source = Numbers(few as u64);
+        for case in 0..200 {
+            let few = numbers.pick(&[1, 3, 10, 16, 40]);
+            let many = numbers.pick(&[1, 7, 16, 50, 130]);
+            let mut source = Numbers(case);
             let map = Arc::new(Fastfood::new(few, many, || source.next()));
             agree(
                 &format!("{few} to {many}"),
@@ -170,6 +172,16 @@ mod tests {
                 &[numbers.matrix(1, few)],
                 1e-5,
             );
+        }
+    }
+
+    #[test]
+    fn the_reference_follows_its_differences() {
+        let mut numbers = Numbers(43);
+        for (few, many) in [(3, 10), (8, 5)] {
+            let map = Fastfood::new(few, many, || numbers.next());
+            let input = Numbers(44).matrix(1, few);
+            differences("fastfood", |x| fastfood_reference(vector(&x[0]), &map), &[input]);
         }
     }
 

@@ -5,6 +5,7 @@
 //! that works on every device and in every float type, and a fast path for `f32` on the CPU with
 //! its own backward. The public function picks; tests hold the one against the other.
 
+#![allow(unsafe_code, reason = "instructions of one processor, and outputs several tasks write")]
 #![expect(
     clippy::inline_always,
     reason = "a body takes on the instruction set of its caller only where it is inlined"
@@ -36,6 +37,7 @@ mod squared_norm;
 mod table;
 pub mod tape;
 mod tile;
+pub mod work;
 
 pub use activation::{Activation, activate};
 pub use adamw::{AdamwStep, AdamwTensor, adamw, adamw_all};

@@ -559,7 +559,7 @@ mod tests {
     #[test]
     fn bf16_arithmetic_stays_within_its_rounding() {
         let mut numbers = Numbers(6);
-        for case in 0..50 {
+        for case in 0..200 {
             let [n, width, out] = [(); 3].map(|()| numbers.pick(&SIZES[4..]));
             let weight = frozen(&mut numbers, out, width);
             let weight = Arc::new((*weight).clone().with_arithmetic(Arithmetic::Bf16));

@@ -464,7 +464,7 @@ mod tests {
     #[test]
     fn fast_is_the_reference() {
         let mut numbers = Numbers(31);
-        for round in 0..120 {
+        for round in 0..200 {
             let (weight, entries, mut inputs, what) = case(&mut numbers);
             inputs.truncate(if round % 5 < 2 { 2 } else { 3 });
             for (index, input) in inputs.iter_mut().enumerate() {
@@ -486,7 +486,7 @@ mod tests {
     #[test]
     fn adding_fast_is_the_reference() {
         let mut numbers = Numbers(32);
-        for round in 0..40 {
+        for round in 0..200 {
             let [rows, columns] = [(); 2].map(|()| numbers.pick(&[1, 3, 17]));
             let entries =
                 SparseEntries { indices: some_indices(&mut numbers, rows * columns), tap: None };
@@ -518,6 +518,11 @@ mod tests {
                 linear_sparse_reference(x[0].clone(), &weight, bias, vector(&x[1]), &entries)
             },
             &inputs,
+        );
+        differences(
+            "add",
+            |x| add_sparse_reference(x[0].clone(), vector(&x[1]), &entries),
+            &[numbers.matrix(5, 4), numbers.matrix(1, 4)],
         );
     }
 

@@ -118,6 +118,20 @@ impl WeightSource for FreshHead {
         if self.fresh.contains_key(name) { None } else { self.checkpoint.shared_f32(name) }
     }
 
+    fn stored_bytes(&self, name: &str) -> Option<u64> {
+        if self.fresh.contains_key(name) { None } else { self.checkpoint.stored_bytes(name) }
+    }
+
+    fn read_values(&self, name: &str) -> Result<Vec<f32>> {
+        if !self.fresh.contains_key(name) {
+            return self.checkpoint.read_values(name);
+        }
+        match self.read(name)? {
+            Stored::Values(values) => Ok(values),
+            Stored::Blocks(..) => unreachable!("new weights are numbers"),
+        }
+    }
+
     fn read(&self, name: &str) -> Result<Stored> {
         match self.fresh.get(name) {
             Some(weight) => Ok(Stored::Values(self.beginning.values(weight))),

@@ -346,28 +346,30 @@ impl T5Model {
     /// Computes attention, document by document.
     ///
     /// # Shapes
-    /// - `q`: `[queries, heads · head width]`; `k`, `v`: `[keys, heads · head width]`
+    /// - `q`: `[queries, heads · head width]`
+    /// - `documents`: keys and values `[keys, heads · head width]` of each document
     /// - returns: as `q`
     fn attend(
         &self,
         pass: &mut Pass<'_>,
-        [q, k, v]: [Tensor<2>; 3],
+        q: Tensor<2>,
+        documents: &[(Tensor<2>, Tensor<2>)],
         queries: &Spans,
-        keys: &Spans,
         bias_of: Option<&str>,
     ) -> Result<Tensor<2>> {
         let (heads, width) = (self.spec.num_heads, self.spec.head_width);
         let mut outputs = Vec::new();
-        for (query, key) in queries.iter().zip(keys.iter()) {
-            let (rows, columns) = (query.len(), key.len());
+        for (query, (k, v)) in queries.iter().zip(documents) {
+            let (rows, columns) = (query.len(), k.dims()[0]);
             if rows == 0 {
                 continue;
             }
-            let part = |x: &Tensor<2>, span: std::ops::Range<usize>| {
-                let count = span.len();
-                x.clone().slice_dim(0, span).reshape([count, heads, width]).swap_dims(0, 1)
+            let split = |x: Tensor<2>| {
+                let count = x.dims()[0];
+                x.reshape([count, heads, width]).swap_dims(0, 1)
             };
-            let (q, k, v) = (part(&q, query), part(&k, key.clone()), part(&v, key));
+            let q = split(q.clone().slice_dim(0, query));
+            let (k, v) = (split(k.clone()), split(v.clone()));
             // T5 does not divide the scores by the root of the width.
             let mut scores = q.matmul(k.swap_dims(1, 2));
             if let Some(side) = bias_of {
@@ -403,13 +405,15 @@ impl T5Model {
         let h = self.norm(pass, &format!("{block}.0.layer_norm"), x.clone())?;
         let h = pass.sublayer(index, Sublayer::Attention, h, |pass, h| {
             let q = pass.linear(&format!("{module}.q"), h.clone())?;
-            let mut k = pass.linear(&format!("{module}.k"), h.clone())?;
-            let mut v = pass.linear(&format!("{module}.v"), h)?;
-            let mut keys = spans.clone();
-            if side == "decoder" {
-                (k, v, keys) = pass.keys_values(index, Some((k, v)), spans)?;
-            }
-            let heads = self.attend(pass, [q, k, v], spans, &keys, Some(side))?;
+            let k = pass.linear(&format!("{module}.k"), h.clone())?;
+            let v = pass.linear(&format!("{module}.v"), h)?;
+            let documents = if side == "decoder" {
+                pass.keys_values(index, Some((k, v)), spans)?
+            } else {
+                let part = |x: &Tensor<2>, span| x.clone().slice_dim(0, span);
+                spans.iter().map(|span| (part(&k, span.clone()), part(&v, span))).collect()
+            };
+            let heads = self.attend(pass, q, &documents, spans, Some(side))?;
             let heads = pass.at(Site::Heads(index, Sublayer::Attention), heads);
             pass.linear(&format!("{module}.o"), heads)
         })?;
@@ -438,8 +442,8 @@ impl T5Model {
             };
             // The encoder is read once: later pieces find its keys where the first left them.
             let slot = self.spec.num_layers + index;
-            let (k, v, keys) = pass.keys_values(slot, new, &sides.encoder.spans)?;
-            let heads = self.attend(pass, [q, k, v], &sides.decoder.spans, &keys, None)?;
+            let documents = pass.keys_values(slot, new, &sides.encoder.spans)?;
+            let heads = self.attend(pass, q, &documents, &sides.decoder.spans, None)?;
             let heads = pass.at(Site::Heads(index, Sublayer::CrossAttention), heads);
             pass.linear(&format!("{module}.o"), heads)
         })?;

@@ -136,6 +136,22 @@ impl GgufTensor<'_> {
         out
     }
 
+    /// Decodes all numbers, read rather than mapped: touched pages of the file would count as
+    /// memory beside the copy.
+    ///
+    /// # Errors
+    /// If the system cannot read the file.
+    pub fn read_f32(&self) -> Result<Vec<f32>, GgufError> {
+        let mut bytes = vec![0; self.bytes.len()];
+        self.share()
+            .read_at(0, &mut bytes)
+            .map_err(|error| GgufError { file: self.file.path.clone(), problem: error.into() })?;
+        let mut out = vec![0.0; self.len()];
+        let fits = self.kind.dequantize(&bytes, &mut out);
+        debug_assert!(fits.is_ok(), "the length was taken from the bytes");
+        Ok(out)
+    }
+
     /// Shares the tensor's blocks beyond the life of the view; the file stays mapped meanwhile.
     pub fn share(&self) -> FileSlice {
         FileSlice::new(&self.file.bytes, self.place.span.clone())

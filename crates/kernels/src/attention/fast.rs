@@ -15,6 +15,7 @@ use crate::disjoint::Columns;
 use crate::parallel::each;
 use crate::spans::Spans;
 use crate::tape::{Operation, values};
+use crate::work;
 
 #[derive(Clone, Debug)]
 pub(super) struct Attention {
@@ -83,6 +84,11 @@ impl Operation<3> for Attention {
         gradient: FlexTensor,
         wanted: [bool; 3],
     ) -> [Option<FlexTensor>; 3] {
+        let keys_of = |document| self.keys.get(document).len();
+        // Scores again, and for each input one product of its gradient; keys' and queries' need
+        // that of the shares.
+        let products = 2 + wanted.iter().filter(|wanted| **wanted).count();
+        work::note_attention(&self.options, &self.queries, keys_of, products);
         let [q, k, v] = saved.inputs.each_ref().map(values);
         let gradient = values(&gradient);
         let (width, key_width) = (self.width(), self.key_width());
@@ -172,6 +178,7 @@ pub(super) fn attend<'a>(
     q: &[f32],
     head: impl Fn(usize, usize) -> Head<'a> + Sync,
 ) -> (Buffer, Vec<f32>) {
+    work::note_attention(options, queries, |document| head(document, 0).keys, 2);
     let heads = options.heads;
     let width = heads * options.head_width;
     let tokens = queries.tokens();

@@ -64,7 +64,7 @@ fn fast_is_the_reference() {
 #[test]
 fn a_frozen_head_gives_the_same_in_every_form() {
     let mut source = Numbers(15);
-    for index in 0..50 {
+    for index in 0..200 {
         let (tokens, width) = (source.between(1, 40), source.between(1, 30));
         let rows = source.between(1, 90);
         let mut case = case(&mut source, tokens, width, rows);
@@ -152,4 +152,32 @@ fn no_labels_cost_nothing_and_lose_nothing() {
     let head = Table::Trainable(Tensor::from_floats([[1.0]], &device));
     let losses = token_losses(x, &head, &[None, None], &HeadOptions::default());
     assert_eq!(numbers(losses), [0.0, 0.0]);
+}
+
+#[test]
+fn rows_without_a_label_cost_nothing() {
+    let mut source = Numbers(24);
+    let (tokens, width, rows) = (60, 20, 300);
+    let mut case = case(&mut source, tokens, width, rows);
+    for frozen in [true, false] {
+        case.inputs.iter_mut().for_each(|input| input.tracked = true);
+        case.inputs[1].tracked = !frozen;
+        for labelled in [1, 7, 60] {
+            case.labels =
+                (0..tokens).map(|t| (t % (tokens / labelled) == 0).then_some(3)).collect();
+            let count = case.labels.iter().flatten().count();
+            let losses = |x: &[Tensor<2>]| {
+                let table = Table::Trainable(x[1].clone());
+                token_losses(x[0].clone(), &table, &case.labels, &with_bias(&case.options, x))
+            };
+            let (_, work) = crate::work::counted(|| run(losses, &case.inputs, DType::F32));
+            // Logits and the input's gradient; logits again, and the weight's where it trains.
+            let products = match (frozen, case.inputs.len()) {
+                (true, 2) => 2,
+                (true, _) => 3,
+                (false, _) => 4,
+            };
+            assert_eq!(work.products, (products * count * width * rows) as u64, "{count} labels");
+        }
+    }
 }

@@ -15,6 +15,7 @@ use super::tile::{LANES, Panels, Tile, TileOutput, TileStart, portable::Portable
 use super::tile::{
     amx::Amx, amx_split::AmxSplit, avx2::Avx2, avx512::Avx512, avx512_bf16::Avx512Bf16,
 };
+use crate::work;
 
 /// Products below which a second thread costs more than it brings.
 const ALONE: usize = 1 << 16;
@@ -31,6 +32,7 @@ pub(crate) fn multiply(
     start: Start,
     out: &mut [f32],
 ) {
+    terms.iter().for_each(|term| work::note(rows, columns, term.length));
     multiply_with(Kernel::choose(arithmetic), rows, columns, terms, start, out);
 }
 

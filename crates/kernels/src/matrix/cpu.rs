@@ -11,7 +11,7 @@ use super::tile::amx;
 pub(crate) enum Kernel {
     /// Whatever the compiler makes of plain loops (NEON on AArch64).
     Portable,
-    /// AVX2 and FMA.
+    /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
@@ -40,7 +40,7 @@ impl Kernel {
             [single, half.copied().unwrap_or(single)]
         });
         match arithmetic {
-            Arithmetic::F32 => *single,
+            Arithmetic::F32 | Arithmetic::Int8 => *single,
             Arithmetic::Bf16 => *half,
         }
     }
@@ -60,7 +60,9 @@ impl Kernel {
         let mut kernels = vec![Self::Portable];
         #[cfg(target_arch = "x86_64")]
         {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
             let avx512 = avx2
                 && is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")

@@ -17,6 +17,7 @@ use super::operand::{Operand, Start, Term};
 use super::shared::Output;
 use super::vector::{Vector, vectorized};
 use super::{PackedMatrix, quantized};
+use crate::work;
 
 /// Left rows up to which a product is taken here.
 pub(super) const FEW: usize = 4;
@@ -43,6 +44,7 @@ pub(crate) fn suits(terms: &[Term], rows: usize, columns: usize) -> bool {
 /// - `out`: `[rows, columns]`
 pub(crate) fn multiply(rows: usize, columns: usize, terms: &[Term], start: Start, out: &mut [f32]) {
     blocked::check(rows, columns, terms, start, out);
+    terms.iter().for_each(|term| work::note(rows, columns, term.length));
     let job = Job { columns, terms, start, out: Output::new(out) };
     let work = rows * columns * terms.iter().map(|term| term.length).sum::<usize>();
     let threads = if work < ALONE { 1 } else { rayon::current_num_threads() };

@@ -13,6 +13,7 @@
 pub(crate) mod blocked;
 mod cpu;
 mod dot;
+mod int8;
 pub(crate) mod operand;
 mod outer;
 mod pack;
@@ -41,13 +42,17 @@ pub enum Arithmetic {
     /// for it that is faster than `f32`; as [`Arithmetic::F32`] elsewhere, and in products that
     /// reading the matrix takes longer than multiplying (of a few rows or columns).
     Bf16,
+    /// The input of a matrix in quantised blocks rounded to 8 bits in groups of 32, products
+    /// summed as integers, as llama.cpp generates; as [`Arithmetic::F32`] elsewhere, and in the
+    /// gradient of the input. A result does not depend on the rows beside its own.
+    Int8,
 }
 
 impl Arithmetic {
     /// Tells whether this machine computes so, rather than falling back on [`Arithmetic::F32`].
     pub fn is_native(self) -> bool {
         match self {
-            Self::F32 => true,
+            Self::F32 | Self::Int8 => true,
             Self::Bf16 => cpu::Kernel::choose(self).rounds_to_bf16(),
         }
     }

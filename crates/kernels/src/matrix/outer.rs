@@ -11,6 +11,7 @@
 use rayon::prelude::*;
 
 use super::vector::{Vector, vectorized};
+use crate::work;
 
 /// Widest `a` that is taken here.
 pub(super) const NARROW: usize = 32;
@@ -30,6 +31,7 @@ pub(super) fn multiply([m, k, n]: [usize; 3], a: &[f32], b: &[f32], turned: bool
     if m == 0 || n == 0 {
         return;
     }
+    work::note(m, n, k);
     let part = |index: usize| {
         let columns = index * COLUMNS..n.min((index + 1) * COLUMNS);
         let mut sums = vec![0.0; m * COLUMNS];

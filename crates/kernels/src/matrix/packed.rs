@@ -8,7 +8,7 @@ use half::bf16;
 use retune_files::ggml::{BlockType, GgmlError};
 
 use super::operand::{Operand, Start, Term};
-use super::{Arithmetic, blocked, dot, quantized};
+use super::{Arithmetic, blocked, dot, int8, quantized};
 
 /// How the numbers of a [`PackedMatrix`] are kept in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -356,11 +356,37 @@ impl PackedMatrix {
 
     fn sum(&self, terms: &[Term], n: usize, width: usize, bias: Option<&[f32]>, out: &mut [f32]) {
         let start = bias.map_or(Start::Zero, Start::Bias);
+        if let Some((x, blocks)) = self.rounded_input(terms) {
+            int8::multiply(blocks, width, x, n, start, out);
+            if !terms[1..].is_empty() {
+                self.product(&terms[1..], n, width, Start::Output, out);
+            }
+        } else {
+            self.product(terms, n, width, start, out);
+        }
+    }
+
+    fn product(&self, terms: &[Term], n: usize, width: usize, start: Start, out: &mut [f32]) {
         if dot::suits(terms, n, width) {
             dot::multiply(n, width, terms, start, out);
         } else {
             blocked::multiply(self.arithmetic, n, width, terms, start, out);
         }
+    }
+
+    /// The input and the blocks of a product whose first term is computed in integers.
+    fn rounded_input<'a>(&'a self, terms: &[Term<'a>]) -> Option<(&'a [f32], int8::Blocks<'a>)> {
+        let (Arithmetic::Int8, Storage::Blocks(kind, bytes)) = (self.arithmetic, &self.storage)
+        else {
+            return None;
+        };
+        let Term { left: Operand::Rows { values, .. }, right: Operand::Frozen(_), .. } = terms[0]
+        else {
+            return None;
+        };
+        let bytes = (**bytes).as_ref();
+        let blocks = int8::Blocks { kind: *kind, bytes, columns: self.columns };
+        int8::suits(*kind).then_some((values, blocks))
     }
 
     /// Numbers per block along a row: where a part of a row may start and end.

@@ -26,7 +26,7 @@ pub fn multiply_in_registers(arithmetic: Arithmetic, rounds: usize) -> u64 {
 
 fn on_this_thread(arithmetic: Arithmetic, rounds: usize) -> u64 {
     let kernel = match arithmetic {
-        Arithmetic::F32 => Kernel::plain(),
+        Arithmetic::F32 | Arithmetic::Int8 => Kernel::plain(),
         Arithmetic::Bf16 => Kernel::choose(arithmetic),
     };
     match kernel {

@@ -144,7 +144,7 @@ fn frozen_products_are_those_of_the_numbers_they_stand_for() {
 }
 
 /// Random blocks whose scales are the half 2⁻⁸.
-fn random_blocks(numbers: &mut Numbers, kind: BlockType, count: usize) -> SharedBytes {
+pub(super) fn random_blocks(numbers: &mut Numbers, kind: BlockType, count: usize) -> SharedBytes {
     let scales: &[usize] = match kind {
         BlockType::Q6_K => &[208],
         BlockType::Q5_0 => &[0],

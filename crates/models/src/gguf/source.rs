@@ -94,29 +94,36 @@ impl WeightSource for GgufSource {
 
     fn read(&self, name: &str) -> Result<Stored> {
         let Some(place) = self.places.get(name) else {
-            // The file's own error names what is near.
-            return Ok(Stored::Values(self.file.tensor(name)?.to_f32()));
+            return Ok(Stored::Values(self.read_values(name)?));
         };
         let tensor = self.file.tensor(&place.stored)?;
-        let rows = tensor.shape.first().copied().unwrap_or(0);
         if tensor.kind.block_len() == 1 || tensor.shape.len() < 2 || place.offset != 0.0 {
-            let mut values = tensor.to_f32();
-            if let Some(heads) = place.heads {
-                values = untangle(&values, rows, heads);
-            }
-            if place.offset != 0.0 {
-                for value in &mut values {
-                    *value -= place.offset;
-                }
-            }
-            return Ok(Stored::Values(values));
+            return Ok(Stored::Values(self.read_values(name)?));
         }
+        let rows = tensor.shape.first().copied().unwrap_or(0);
         // A row is a whole number of blocks, so rows move as they lie.
         let blocks: Arc<dyn AsRef<[u8]> + Send + Sync> = match place.heads {
             Some(heads) => Arc::new(untangle(tensor.bytes, rows, heads)),
             None => Arc::new(tensor.share()),
         };
         Ok(Stored::Blocks(tensor.kind, blocks))
+    }
+
+    fn read_values(&self, name: &str) -> Result<Vec<f32>> {
+        let Some(place) = self.places.get(name) else {
+            // The file's own error names what is near.
+            return Ok(self.file.tensor(name)?.read_f32()?);
+        };
+        let tensor = self.file.tensor(&place.stored)?;
+        let rows = tensor.shape.first().copied().unwrap_or(0);
+        let mut values = tensor.read_f32()?;
+        if let Some(heads) = place.heads {
+            values = untangle(&values, rows, heads);
+        }
+        if place.offset != 0.0 {
+            values.iter_mut().for_each(|value| *value -= place.offset);
+        }
+        Ok(values)
     }
 }
 
