@@ -35,6 +35,10 @@ pub enum Error {
     #[error("temporary files: {0}")]
     Io(#[from] std::io::Error),
 
+    /// The system has no room for another thread.
+    #[error("a thread cannot be started: {0}")]
+    Thread(#[from] rayon::ThreadPoolBuildError),
+
     /// A method's options are wrong.
     #[error("the options of a proof are wrong:\n{0}")]
     Options(retune_options::Report),

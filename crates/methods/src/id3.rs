@@ -33,6 +33,18 @@ choice! {
         Linear = "linear",
         /// All within the first half of the run.
         Early = "early",
+        /// All in the first step: a fixed mask.
+        AtOnce = "at-once",
+    }
+}
+
+choice! {
+    /// Which masked entries are unmasked first.
+    pub enum Order {
+        /// Those with the highest score.
+        Score = "score",
+        /// Any, drawn at random: what the score must beat.
+        Random = "random",
     }
 }
 
@@ -49,6 +61,8 @@ options! {
         epsilon: f64 = 1e-3, in 1e-12..=10.0, also "eps";
         /// When entries are unmasked.
         unmasking: Unmasking = Unmasking::Linear;
+        /// Which masked entries are unmasked first.
+        order: Order = Order::Score;
         /// Targeted modules: suffixes, one regular expression, or all-linear.
         targets: Vec<String> = vec!["all-linear".to_owned()];
         /// Modules left out again, matched the same way.
@@ -142,6 +156,7 @@ impl Id3 {
         let length = match self.options.unmasking {
             Unmasking::Linear => num_steps,
             Unmasking::Early => num_steps.div_ceil(2),
+            Unmasking::AtOnce => 1,
         };
         let upto = |step: u64| {
             (self.options.budget as u128 * u128::from(step.min(length)) / u128::from(length.max(1)))
@@ -176,6 +191,35 @@ impl Id3 {
         Ok(())
     }
 
+    /// Unmasks entries drawn from all that are masked, before their first gradient.
+    fn unmask_random(&self, view: &mut StepView<'_>, quota: usize) -> Result<()> {
+        let Some(weights) = view.weights.filter(|_| quota > 0) else { return Ok(()) };
+        let ids = sparse_ids(view.parameters);
+        let chosen = self.chosen(view.spec)?;
+        let unmasked: Vec<_> = ids.iter().map(|id| view.parameters.indices(*id)).collect();
+        let masked: Vec<usize> = chosen
+            .iter()
+            .zip(&unmasked)
+            .map(|(weight, known)| weight.count() - known.len())
+            .collect();
+        let total = masked.iter().sum();
+        let mut random = view.seed.stream("id3", &[view.step]);
+        let ranks = sparse::random_entries(total, quota.min(total), &mut random);
+        let ranks = sparse::split(&ranks, &masked);
+        for (((id, weight), known), ranks) in ids.into_iter().zip(chosen).zip(unmasked).zip(ranks) {
+            if ranks.is_empty() {
+                continue;
+            }
+            let values = weights.values(&weight.name)?;
+            let new = masked_entries(&known, &ranks);
+            let mut seats: Vec<(u32, Seat)> =
+                known.iter().enumerate().map(|(place, i)| (*i, Seat::Kept(place))).collect();
+            seats.extend(new.into_iter().map(|i| (i, Seat::fresh(values[i as usize], 0.0))));
+            view.reseat(id, seats)?;
+        }
+        Ok(())
+    }
+
     fn unmask_factors(&mut self, view: &mut StepView<'_>, quota: usize) {
         let ids = factor_ids(view.parameters);
         if self.unmasked.is_empty() {
@@ -183,6 +227,7 @@ impl Id3 {
             self.unmasked = ids.iter().map(|id| (name(id), Vec::new())).collect();
         }
         let scoring = self.scoring();
+        let mut random = view.seed.stream("id3", &[view.step]);
         let mut candidates = Vec::new();
         for (parameter, id) in ids.iter().enumerate() {
             let Some(gradient) = &view.gradients[id.index()] else { continue };
@@ -192,7 +237,10 @@ impl Id3 {
             let mut few = Vec::new();
             for index in masked {
                 let (gradient, weight) = (gradient[index as usize], values[index as usize]);
-                let score = scoring.score(gradient, weight);
+                let score = match self.options.order {
+                    Order::Score => scoring.score(gradient, weight),
+                    Order::Random => random.uniform() as f32,
+                };
                 few.push(Candidate { score, parameter, index, weight, gradient });
             }
             candidates.extend(best(few, quota));
@@ -212,6 +260,18 @@ impl Id3 {
             }
         }
     }
+}
+
+/// Returns the indices that stand at `ranks`, ascending, among those not in `known`.
+fn masked_entries(known: &[u32], ranks: &[u32]) -> Vec<u32> {
+    let mut before = 0;
+    let entry = |rank: &u32| {
+        while known.get(before).is_some_and(|index| *index <= rank + before as u32) {
+            before += 1;
+        }
+        rank + before as u32
+    };
+    ranks.iter().map(entry).collect()
 }
 
 fn sparse_ids(parameters: &Parameters) -> Vec<ParameterId> {
@@ -247,6 +307,7 @@ impl Method for Id3 {
             "budget = 5",
             "budget = 6\nexponent = 1.0\nunmasking = \"early\"",
             "budget = 6\nover = \"lora\"\nrank = 2",
+            "budget = 40\nunmasking = \"at-once\"\norder = \"random\"",
         ]
     }
 
@@ -307,6 +368,9 @@ impl Method for Id3 {
 
     fn before_step(&mut self, step: &mut StepView<'_>) -> Result<()> {
         let quota = self.quota(step.step, step.num_steps);
+        if self.options.order == Order::Random {
+            return self.unmask_random(step, quota);
+        }
         for id in sparse_ids(step.parameters) {
             // With several passes the first one names candidates, and all of them decide: it names
             // more than are needed.
@@ -322,6 +386,9 @@ impl Method for Id3 {
         let quota = self.quota(step.step, step.num_steps);
         if self.options.over == Over::Lora {
             self.unmask_factors(step, quota);
+            return Ok(());
+        }
+        if self.options.order == Order::Random {
             return Ok(());
         }
         self.unmask_weights(step, quota)
@@ -369,13 +436,21 @@ mod tests {
     #[test]
     fn the_quotas_add_up_to_the_budget_exactly() {
         for (budget, steps) in [(200, 228), (800, 228), (7, 3), (1, 10)] {
-            for unmasking in [Unmasking::Linear, Unmasking::Early] {
+            for unmasking in [Unmasking::Linear, Unmasking::Early, Unmasking::AtOnce] {
                 let options = Id3Options { budget, unmasking, ..Id3Options::default() };
                 let id3 = Id3 { options, ..Id3::default() };
                 let all: usize = (1..=steps).map(|step| id3.quota(step, steps)).sum();
                 assert_eq!((all, id3.quota(steps + 1, steps)), (budget, 0));
             }
         }
+    }
+
+    #[test]
+    fn ranks_count_masked_entries_only() {
+        // Masked of 0 to 9 are 0, 2, 3, 6, 7, 9.
+        assert_eq!(masked_entries(&[1, 4, 5, 8], &[0, 1, 2, 3, 4, 5]), [0, 2, 3, 6, 7, 9]);
+        assert_eq!(masked_entries(&[0, 1], &[0, 3]), [2, 5]);
+        assert_eq!(masked_entries(&[], &[4]), [4]);
     }
 
     #[test]
