@@ -244,7 +244,7 @@ fn measured(tuned: &Tuned<'_>, task: Task, seed: Seed) -> Result<Vec<(u32, Vec<f
         (0..batch.num_tokens()).filter(|t| batch.targets[*t].is_some()).collect();
     let logits = tuned.evaluate(&batch, None, |pass, output| match output {
         Output::States(states) => Ok(to_vec(pass.logits(&states, &rows)?.inner())),
-        Output::Classes(rows) | Output::Embeddings(rows) => Ok(to_vec(rows.inner())),
+        other => Ok(to_vec(other.rows().inner())),
     })?;
     let targets = rows.iter().filter_map(|row| batch.targets[*row]);
     Ok(targets.zip(logits.chunks_exact(TOKENS).map(<[f32]>::to_vec)).collect())
@@ -309,6 +309,7 @@ impl Backbone {
                 soft_cap: None,
             },
             config: Value::Null,
+            towers: Vec::new(),
         };
         Self { spec: Arc::new(spec) }
     }

@@ -284,7 +284,7 @@ fn losses(tuned: &Tuned<'_>, lab: &Lab, rows: &[usize]) -> Result<Vec<f64>> {
     let batch = Batch::new(&documents)?;
     let found = tuned.evaluate(&batch, None, |pass, output| match output {
         Output::States(states) => Ok(to_vec(pass.token_losses(states)?.inner())),
-        Output::Classes(rows) | Output::Embeddings(rows) => Ok(to_vec(rows.inner())),
+        other => Ok(to_vec(other.rows().inner())),
     })?;
     let predicted = found.iter().zip(&batch.targets).filter(|(_, target)| target.is_some());
     Ok(predicted.map(|(loss, _)| f64::from(*loss)).collect())

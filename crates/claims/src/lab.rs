@@ -294,7 +294,8 @@ impl Lab {
         look: impl FnOnce(&Training<'_>) -> Result<T>,
     ) -> Result<T> {
         let mut batches = self.source(rows, pace, seed);
-        let watch = Watch::nothing(&mut Silent);
+        let mut silent = Silent;
+        let watch = Watch::nothing(&mut silent);
         self.walk_with(method, optimizer, &mut batches, pace, seed, watch, look)
     }
 

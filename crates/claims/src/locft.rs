@@ -291,6 +291,7 @@ impl Store {
             weights,
             head: Head::Classes { labels: (0..OBJECTS).map(|object| object.to_string()).collect() },
             config: Value::Null,
+            towers: Vec::new(),
         };
         Self { spec: Arc::new(spec) }
     }

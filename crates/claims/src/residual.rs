@@ -59,6 +59,7 @@ impl Residual {
             weights,
             head: Head::Classes { labels: (0..classes).map(|class| class.to_string()).collect() },
             config: Value::Null,
+            towers: Vec::new(),
         };
         Self { spec: Arc::new(spec), inputs, scale: 1.0 / (depth as f64).sqrt() }
     }

@@ -214,8 +214,7 @@ impl Model for BiEncoder {
 
     fn finish(&self, pass: &mut Pass<'_>, x: Tensor<2>) -> retune_core::Result<Output> {
         let (documents, width) = (pass.spans().documents(), self.spec.width);
-        let vectors = self.encoder.finish(pass, x)?;
-        let (Output::States(x) | Output::Classes(x) | Output::Embeddings(x)) = vectors;
+        let x = self.encoder.finish(pass, x)?.rows();
         let tokens = x.dims()[0] / documents;
         let means = x.reshape([documents, tokens, width]).mean_dim(1).reshape([documents, width]);
         let length = means.clone().powi_scalar(2).sum_dim(1).sqrt().clamp_min(1e-12);
@@ -269,8 +268,7 @@ fn vectors(tuned: &Tuned<'_>, documents: &[Document]) -> retune_core::Result<Vec
     let mut out = Vec::new();
     for some in documents.chunks(256) {
         out.extend(tuned.evaluate(&Batch::new(some)?, None, |_, output| {
-            let (Output::States(x) | Output::Classes(x) | Output::Embeddings(x)) = output;
-            Ok(to_vec(x.inner()))
+            Ok(to_vec(output.rows().inner()))
         })?);
     }
     Ok(out)

@@ -26,6 +26,20 @@ pub enum Output {
     Pairs(Pairs),
 }
 
+impl Output {
+    /// Returns the numbers whatever they stand for; for pairs, the similarity of each image with
+    /// each text.
+    ///
+    /// # Shapes
+    /// - returns: `[rows, columns]`
+    pub fn rows(self) -> Tensor<2> {
+        match self {
+            Self::States(rows) | Self::Classes(rows) | Self::Embeddings(rows) => rows,
+            Self::Pairs(pairs) => pairs.similarities(),
+        }
+    }
+}
+
 /// Vectors of images and of texts in one space.
 #[derive(Debug, Clone)]
 pub struct Pairs {

@@ -53,6 +53,13 @@ impl Answers {
                     .iter()
                     .zip(&batch.classes)
                     .try_for_each(|(logits, class)| answers.push(logits, *class)),
+                Output::Pairs(pairs) => {
+                    let labels = batch.matches().into_iter().map(|text| text.map(|t| t as u32));
+                    logit_rows(pairs.similarities())
+                        .iter()
+                        .zip(labels)
+                        .try_for_each(|(logits, label)| answers.push(logits, label))
+                }
                 Output::Embeddings(_) => Err(Error::Unsupported {
                     what: "asking a model that puts out document vectors".to_owned(),
                     help: "use a language model or a classifier".to_owned(),

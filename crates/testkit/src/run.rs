@@ -31,8 +31,7 @@ pub fn outputs(
                 let rows: Vec<usize> = (0..states.dims()[0]).collect();
                 to_vec(pass.logits(&states, &rows)?.inner())
             }
-            Output::Classes(rows) | Output::Embeddings(rows) => to_vec(rows.inner()),
-            Output::Pairs(pairs) => to_vec(pairs.similarities().inner()),
+            other => to_vec(other.rows().inner()),
         })
     })
 }

@@ -108,7 +108,7 @@ pub fn open_tuned(prepared: &Prepared, path: &Path, force: bool) -> Result<Weigh
     let spec = prepared.opened.checkpoint.model.spec();
     let task = match &spec.head {
         Head::Classes { labels } => ModelTask::Classify { labels: labels.clone() },
-        Head::Language { .. } | Head::Embedding => ModelTask::AsSaved,
+        Head::Language { .. } | Head::Embedding | Head::Pairs => ModelTask::AsSaved,
     };
     let tuned = retune_models::open_for(path, &task, Seed(prepared.recipe.seed))?;
     if tuned.model.spec().architecture != spec.architecture {
