@@ -13,6 +13,7 @@
 pub(crate) mod blocked;
 mod cpu;
 mod dot;
+mod narrow;
 pub(crate) mod operand;
 mod outer;
 mod pack;
