@@ -23,7 +23,8 @@ usage: cargo xtask COMMAND
   hooks                             write .git/hooks/pre-commit (format and layers)
   bench [--kernels] [--steps]       speed and memory of a release build
         [--peer PYTHON]             the same steps in PyTorch + PEFT, taking turns
-        [--chats FILE]              JSONL of `messages`, for the case `chats`
+        [--lengths]                 texts of 128 to 2,048 tokens instead of the usual cases
+        [--chats FILE]              JSONL of `messages`, for the case `chats`; else made from a seed
         [--only CASE]... [--rounds N] [--num-steps N] [--json]
         [--methods all|NAME,NAME]   what a step of each method costs, beside one of LoRA
         [--program FILE]            a program that is built already

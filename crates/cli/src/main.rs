@@ -10,6 +10,7 @@ mod args;
 mod commands;
 mod environment;
 mod failure;
+mod memory;
 mod progress;
 mod table;
 
@@ -19,6 +20,7 @@ use args::Arguments;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    memory::keep();
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {

@@ -4,7 +4,8 @@
 //! tabs: operation, shape, form, milliseconds, speed, its unit, percent of the matrix peak, times
 //! the reference's speed; `-` where a field has no meaning. Shapes are those of SmolLM2-135M on
 //! four documents of 256 tokens. A share above 100 % of the `f32` peak is possible where `f32`
-//! products run on bf16 tiles.
+//! products run on bf16 tiles. Arguments choose parts: `peak`, `products`, `few`, `attention`,
+//! `head`, `element`, `optimizer`.
 
 #![expect(clippy::print_stdout, reason = "a table for people")]
 #![expect(clippy::disallowed_methods, reason = "a benchmark reads the clock")]
@@ -32,17 +33,27 @@ const SHAPES: [(usize, usize); 5] =
     [(WIDTH, WIDTH), (192, WIDTH), (INNER, WIDTH), (WIDTH, INNER), (WORDS, WIDTH)];
 
 fn main() {
+    // Cargo passes `--bench`.
+    let parts: Vec<String> =
+        std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
+    let wanted = |part: &str| parts.is_empty() || parts.iter().any(|wanted| wanted == part);
     let peaks = [Arithmetic::F32, Arithmetic::Bf16].map(peak);
     let threads = rayon::current_num_threads();
     for (form, peak) in ["f32", "bf16"].into_iter().zip(peaks) {
         line("peak", &format!("{threads} threads"), form, 0.0, Some((peak, "GFLOP/s")), 100.0, 0.0);
     }
-    products(peaks);
-    few_rows();
-    attention(peaks[0]);
-    head(peaks);
-    element_wise();
-    optimizer();
+    for (part, run) in [
+        ("products", &(|| products(peaks)) as &dyn Fn()),
+        ("few", &few_rows),
+        ("attention", &|| attention(peaks[0])),
+        ("head", &|| head(peaks)),
+        ("element", &element_wise),
+        ("optimizer", &optimizer),
+    ] {
+        if wanted(part) {
+            run();
+        }
+    }
 }
 
 /// Prints one line; what is 0 has no meaning.

@@ -51,6 +51,7 @@ pub use linear::{
     linear, linear_frozen, linear_frozen_reference, linear_in, linear_low_rank,
     linear_low_rank_reference, linear_reference, matmul, matmul_nt,
 };
+pub use parallel::in_pool;
 pub use rms_norm::rms_norm;
 pub use rotary::{Rotation, rotary};
 pub use spans::{Spans, SpansError};

@@ -5,6 +5,14 @@ use rayon::prelude::*;
 /// Numbers one task of an element-wise operation takes.
 pub(crate) const CHUNK: usize = 1 << 14;
 
+/// Runs work on a thread of the pool.
+///
+/// Every operation hands tasks to the pool. From a thread outside, each of them costs two changes
+/// of threads; inside, the thread begins on the tasks itself.
+pub fn in_pool<R: Send>(work: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| work())
+}
+
 /// Runs tasks on all threads; a single one stays on this thread.
 pub(crate) fn each<T: Send>(tasks: impl IntoIterator<Item = T>, work: impl Fn(T) + Sync + Send) {
     let mut tasks: Vec<T> = tasks.into_iter().collect();

@@ -34,13 +34,12 @@ pub(crate) fn multiply<const LANES: usize, const FMA: bool, const ADD: bool>(
     }
     assert!((rows - 1) * out_stride + LANES <= out.len());
     let mut row = 0;
-    // As many rows as leave registers for the right operand: 16 · 2 of 32, 12 of 16, 8 of 16.
-    let block = if LANES == 32 {
-        8
-    } else if LANES == 16 {
-        6
-    } else {
-        4
+    // As many rows as leave registers for the right operand: 16 of 32, 12 of 16, 8 of 16.
+    let block = match LANES {
+        32 => 8,
+        16 => 6,
+        8 if FMA => 12,
+        _ => 4,
     };
     while row + block <= rows {
         // SAFETY: rows `row..row + block`, all steps and lanes lie inside by the assertions above.
@@ -57,6 +56,16 @@ pub(crate) fn multiply<const LANES: usize, const FMA: bool, const ADD: bool>(
                 );
             } else if LANES == 16 {
                 block_of::<6, LANES, FMA, ADD>(
+                    row,
+                    steps,
+                    left,
+                    right,
+                    right_stride,
+                    out,
+                    out_stride,
+                );
+            } else if LANES == 8 && FMA {
+                block_of::<12, LANES, FMA, ADD>(
                     row,
                     steps,
                     left,

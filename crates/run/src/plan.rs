@@ -305,9 +305,19 @@ fn forecast(
         training_bytes,
         activation_bytes,
         total_bytes: PROGRAM_BYTES + weight_bytes as u64 + training_bytes + activation_bytes,
-        flops_per_step: 2.0 * passes * (linear + head) * step_tokens,
+        flops_per_step: step_tokens
+            * (2.0 * passes * (linear + head) + attention_flops(spec, statistics)),
         recompute,
     }
+}
+
+/// Operations of attention per token, both ways: each query against the keys of its own document.
+///
+/// Two products forward and four backward, two operations a number; of causal attention one half.
+fn attention_flops(spec: &ModelSpec, statistics: &Statistics) -> f64 {
+    let keys = statistics.tokens as f64 / statistics.rows.max(1) as f64;
+    let keys = if spec.causal { keys / 2.0 } else { keys };
+    12.0 * keys * (spec.num_layers * spec.num_heads * spec.head_width) as f64
 }
 
 /// Bytes of the activations that wait for the backward pass.

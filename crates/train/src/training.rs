@@ -247,7 +247,10 @@ impl<'a> Training<'a> {
             seed: self.walk.seed,
         };
         self.method.before_step(&mut view)?;
-        let mut result = learner.step_with(&self.tuned(), &micro_batches, step, &demands)?;
+        let tuned = self.tuned();
+        let mut result = retune_core::kernels::in_pool(|| {
+            learner.step_with(&tuned, &micro_batches, step, &demands)
+        })?;
         if !result.loss.is_finite() {
             return Err(self.not_finite("loss", result.loss, &micro_batches));
         }

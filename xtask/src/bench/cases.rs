@@ -1,11 +1,11 @@
 //! What is trained, here and there.
 
-use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::measure::{Measured, by_events, by_lines};
+use super::rows;
 use crate::output;
 
 /// Which program trains.
@@ -54,6 +54,8 @@ pub(crate) struct Case<'a> {
     pub(crate) speed_goal: Option<f64>,
     /// Of the peer's peak memory.
     pub(crate) memory_goal: Option<f64>,
+    /// One of the cases that differ in the length of their texts alone.
+    pub(crate) of_lengths: bool,
 }
 
 /// What most cases share.
@@ -69,7 +71,17 @@ const LORA: Case<'static> = Case {
     peer_dtype: "f32",
     speed_goal: Some(1.5),
     memory_goal: Some(0.45),
+    of_lengths: false,
 };
+
+/// Tokens of a step of the cases that differ in length.
+const LENGTHS_TOKENS: usize = 2048;
+
+/// As many tokens as the others of its kind, in texts of `tokens`.
+const fn of_length(name: &'static str, tokens: usize) -> Case<'static> {
+    let batch = LENGTHS_TOKENS / tokens;
+    Case { name, batch, tokens, speed_goal: None, memory_goal: None, of_lengths: true, ..LORA }
+}
 
 /// Returns every case.
 pub(crate) fn all() -> &'static [Case<'static>] {
@@ -138,6 +150,11 @@ pub(crate) fn all() -> &'static [Case<'static>] {
                 memory_goal: None,
                 ..LORA
             },
+            of_length("tokens-128", 128),
+            of_length("tokens-256", 256),
+            of_length("tokens-512", 512),
+            of_length("tokens-1024", 1024),
+            of_length("tokens-2048", 2048),
         ]
     }
 }
@@ -146,7 +163,7 @@ pub(crate) fn all() -> &'static [Case<'static>] {
 #[derive(Debug)]
 pub(crate) struct Inputs {
     folder: PathBuf,
-    chats: Option<PathBuf>,
+    chats: PathBuf,
 }
 
 impl Inputs {
@@ -171,39 +188,26 @@ impl Inputs {
             export.args(["export", "--format", "hf", "--force", "--model", model, "--output"]);
             output(export.arg(&path))?;
         }
-        for (name, labelled) in [("even.jsonl", false), ("labelled.jsonl", true)] {
+        let longest = cases.iter().map(|case| case.tokens).max().unwrap_or(0);
+        for (name, text) in [
+            // Every word is a token at least.
+            ("even.jsonl", rows::texts(longest + 44, false)),
+            ("labelled.jsonl", rows::texts(300, true)),
+            ("chats.jsonl", rows::chats()),
+        ] {
             let path = folder.join(name);
-            fs::write(&path, texts(labelled)).map_err(|e| format!("{}: {e}", path.display()))?;
+            fs::write(&path, text).map_err(|error| format!("{}: {error}", path.display()))?;
         }
-        let chats = chats.map(std::path::absolute).transpose();
-        let chats = chats.map_err(|error| error.to_string())?;
+        let chats = match chats {
+            Some(path) => std::path::absolute(path).map_err(|error| error.to_string())?,
+            None => folder.join("chats.jsonl"),
+        };
         Ok(Self { folder: folder.to_owned(), chats })
     }
 }
 
 const LANGUAGE: &str = "smollm2-135m-instruct";
 const ENCODER: &str = "all-minilm-l6-v2";
-
-/// Makes rows of some three hundred everyday words each, as JSON lines.
-fn texts(labelled: bool) -> String {
-    const WORDS: [&str; 16] = [
-        "water", "house", "under", "the", "green", "river", "and", "people", "walked", "slowly",
-        "because", "winter", "was", "near", "a", "mountain",
-    ];
-    let mut state = 1_u64;
-    let mut text = String::new();
-    for row in 0..256 {
-        let words: Vec<&str> = (0..300)
-            .map(|_| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                WORDS[(state >> 60) as usize]
-            })
-            .collect();
-        let label = if labelled { format!(", \"label\": \"{}\"", row % 2) } else { String::new() };
-        let _ = writeln!(text, "{{\"text\": \"{}\"{label}}}", words.join(" "));
-    }
-    text
-}
 
 impl<'a> Case<'a> {
     /// Makes the case of any method with its defaults.
@@ -215,19 +219,37 @@ impl<'a> Case<'a> {
     pub(crate) fn subject(&self, side: Side) -> String {
         match side {
             Side::Retune => format!(
-                "retune {} {} {} {:?} {:?}",
-                self.method, self.arithmetic, self.weights, self.model, self.rows
+                "retune {} {} {} {:?} {:?} {}x{}",
+                self.method,
+                self.arithmetic,
+                self.weights,
+                self.model,
+                self.rows,
+                self.batch,
+                self.tokens
             ),
             Side::Peer => {
                 let model = if self.model == Model::Encoder { "Encoder" } else { "Folder" };
-                format!("PyTorch {} {} {model} {:?}", self.method, self.peer_dtype, self.rows)
+                format!(
+                    "PyTorch {} {} {model} {:?} {}x{}",
+                    self.method, self.peer_dtype, self.rows, self.batch, self.tokens
+                )
             }
         }
     }
 
-    /// Tells whether its inputs are there.
-    pub(crate) fn is_possible(&self, inputs: &Inputs) -> bool {
-        self.rows != Rows::Chats || inputs.chats.is_some()
+    /// Names the arithmetic, as the kernels' bench names the machine's peak for it.
+    pub(crate) fn arithmetic(&self) -> &'static str {
+        self.arithmetic
+    }
+
+    /// Operations a second of a run, by the plan's count; NaN where steps differ in length.
+    pub(crate) fn flops(&self, measured: &Measured) -> f64 {
+        if self.rows == Rows::Chats {
+            return f64::NAN;
+        }
+        let steps_per_second = measured.tokens_per_second / (self.batch * self.tokens) as f64;
+        measured.flops_per_step * steps_per_second
     }
 
     /// Runs the case here.
@@ -259,7 +281,7 @@ impl<'a> Case<'a> {
         let rows = match self.rows {
             Rows::Even => inputs.folder.join("even.jsonl"),
             Rows::Labelled => inputs.folder.join("labelled.jsonl"),
-            Rows::Chats => inputs.chats.clone().unwrap_or_default(),
+            Rows::Chats => inputs.chats.clone(),
         };
         let data = match self.rows {
             Rows::Even => "loss_on = \"all\"",
@@ -300,8 +322,8 @@ impl<'a> Case<'a> {
             .args(["--rows", &self.batch.to_string(), "--tokens", &self.tokens.to_string()])
             .args(["--steps", &steps.to_string(), "--model"])
             .arg(inputs.folder.join(model));
-        if let (Rows::Chats, Some(chats)) = (self.rows, &inputs.chats) {
-            command.arg("--chats").arg(chats);
+        if self.rows == Rows::Chats {
+            command.arg("--chats").arg(&inputs.chats);
         }
         by_lines(&mut command)
     }
@@ -320,24 +342,18 @@ mod tests {
         // bf16 cases are one run here.
         assert_eq!(subjects(Side::Retune).len(), all().len() - 1);
         assert_eq!(subjects(Side::Peer).len(), all().len() - 2);
+        let lengths = all().iter().filter(|case| case.of_lengths);
+        assert!(lengths.clone().all(|case| case.batch * case.tokens == LENGTHS_TOKENS));
+        assert_eq!(lengths.count(), 5);
     }
 
     #[test]
     fn recipes_say_what_the_case_is() {
-        let inputs = Inputs { folder: "f".into(), chats: None };
+        let inputs = Inputs { folder: "f".into(), chats: "c".into() };
         let case = all().iter().find(|case| case.name == "lora-4bit").unwrap();
         let recipe = case.recipe(&inputs, Path::new("w"), 5);
         for line in ["steps = 5", "[method.lora]", "weights = \"stored\"", "batch_size = 4"] {
             assert!(recipe.contains(line), "{line} in {recipe}");
-        }
-    }
-
-    #[test]
-    fn rows_are_json_lines() {
-        for line in texts(true).lines() {
-            let row: serde_json::Value = serde_json::from_str(line).unwrap();
-            assert!(row["text"].as_str().unwrap().split(' ').count() == 300);
-            assert!(row["label"].is_string());
         }
     }
 }

@@ -23,6 +23,8 @@ pub(crate) struct Measured {
     pub(crate) first_step_s: f64,
     /// What the program expected to take; NaN where it does not say.
     pub(crate) forecast_bytes: f64,
+    /// Operations of a step by the program's own count; NaN where it does not say.
+    pub(crate) flops_per_step: f64,
 }
 
 /// A step's end, in seconds since the program was started, and the tokens read in it.
@@ -75,8 +77,9 @@ pub(crate) fn by_events(
     }
     let plan = log.and_then(|(path, _)| fs::read(path.with_file_name("plan.json")).ok());
     let plan: Value = plan.and_then(|plan| serde_json::from_slice(&plan).ok()).unwrap_or_default();
-    let forecast_bytes = plan["forecast"]["total_bytes"].as_f64().unwrap_or(f64::NAN);
-    Ok(Measured { forecast_bytes, ..measured(&ends, peak)? })
+    let forecast = |name: &str| plan["forecast"][name].as_f64().unwrap_or(f64::NAN);
+    let (forecast_bytes, flops_per_step) = (forecast("total_bytes"), forecast("flops_per_step"));
+    Ok(Measured { forecast_bytes, flops_per_step, ..measured(&ends, peak)? })
 }
 
 /// Runs a program that prints `step N tokens M`.
@@ -140,6 +143,7 @@ fn measured(ends: &[StepEnd], peak_bytes: f64) -> Result<Measured, String> {
         peak_bytes,
         first_step_s: first.at,
         forecast_bytes: f64::NAN,
+        flops_per_step: f64::NAN,
     })
 }
 

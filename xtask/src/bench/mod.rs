@@ -8,6 +8,7 @@
 mod cases;
 mod measure;
 mod methods;
+mod rows;
 mod table;
 
 use std::collections::BTreeMap;
@@ -26,6 +27,7 @@ pub(crate) struct Options {
     json: bool,
     kernels: bool,
     steps: bool,
+    lengths: bool,
     only: Vec<String>,
     peer: Option<PathBuf>,
     rounds: usize,
@@ -53,6 +55,7 @@ impl Options {
                 "--json" => options.json = true,
                 "--kernels" => options.kernels = true,
                 "--steps" => options.steps = true,
+                "--lengths" => options.lengths = true,
                 "--only" => options.only.push(value()?.to_owned()),
                 "--peer" => options.peer = Some(value()?.into()),
                 "--methods" => {
@@ -66,6 +69,9 @@ impl Options {
                 "--num-steps" => options.num_steps = number(value()?)?,
                 other => return Err(format!("bench does not know `{other}`")),
             }
+        }
+        if options.lengths {
+            options.steps = true;
         }
         if !options.kernels && !options.steps && options.methods.is_none() {
             (options.kernels, options.steps) = (options.only.is_empty(), true);
@@ -89,7 +95,7 @@ pub(crate) fn run(root: &Path, options: &Options) -> Outcome {
     }
     if options.kernels {
         eprintln!("building and running the kernels");
-        let rows = kernels()?;
+        let rows = kernels(&[])?;
         if !options.json {
             println!("\n{}", kernel_table(&rows));
         }
@@ -112,8 +118,9 @@ pub(crate) fn run(root: &Path, options: &Options) -> Outcome {
         let cases: Vec<&Case<'_>> = chosen(options).collect();
         let folder = target.join("bench");
         let inputs = Inputs::make(&program, &folder, options.chats.as_deref(), &cases)?;
+        let peaks = peaks(&kernels(&["peak"])?);
         let rounds = rounds(root, &program, &inputs, options)?;
-        let (summary, text) = summarise(options, &rounds);
+        let (summary, text) = summarise(options, &rounds, &peaks);
         if !options.json {
             println!("\n{text}");
         }
@@ -150,9 +157,6 @@ fn rounds(
     let mut rounds = Rounds::new();
     for round in 0..options.rounds {
         for case in chosen(options) {
-            if !case.is_possible(inputs) {
-                continue;
-            }
             for side in [Side::Retune, Side::Peer] {
                 let subject = case.subject(side);
                 let known = rounds.get(&subject).map_or(0, Vec::len);
@@ -181,15 +185,22 @@ fn rounds(
     Ok(rounds)
 }
 
+<<<<<<< HEAD
 fn chosen(options: &Options) -> impl Iterator<Item = &'static Case<'static>> {
     let wanted = |case: &&Case<'_>| {
         options.only.is_empty() || options.only.iter().any(|name| name == case.name)
+=======
+fn chosen(options: &Options) -> impl Iterator<Item = &'static Case> {
+    let wanted = |case: &&Case| match options.only.as_slice() {
+        [] => case.of_lengths == options.lengths,
+        only => only.iter().any(|name| name == case.name),
+>>>>>>> speed
     };
     cases::all().iter().filter(wanted)
 }
 
 /// Lays out medians, and ratios within rounds.
-fn summarise(options: &Options, rounds: &Rounds) -> (Value, String) {
+fn summarise(options: &Options, rounds: &Rounds, peaks: &BTreeMap<String, f64>) -> (Value, String) {
     let mut table = Table::new(&[
         "case",
         "tokens/s",
@@ -204,6 +215,8 @@ fn summarise(options: &Options, rounds: &Rounds) -> (Value, String) {
         "first step s",
         "peer",
         "ratio",
+        "GFLOP/s",
+        "% of peak",
     ]);
     let mut list = Vec::new();
     for case in chosen(options) {
@@ -218,6 +231,8 @@ fn summarise(options: &Options, rounds: &Rounds) -> (Value, String) {
         let peak: fn(&Measured) -> f64 = |m| m.peak_bytes / f64::from(1 << 20);
         let first: fn(&Measured) -> f64 = |m| m.first_step_s;
         let forecast: fn(&Measured) -> f64 = |m| m.forecast_bytes / f64::from(1 << 20);
+        let gflops = median(own.iter().map(|m| case.flops(m)).collect()) / 1e9;
+        let share = 100.0 * gflops / peaks.get(case.arithmetic()).copied().unwrap_or(f64::NAN);
         table.row([
             case.name.to_owned(),
             number(of(own, speed), 0),
@@ -232,6 +247,8 @@ fn summarise(options: &Options, rounds: &Rounds) -> (Value, String) {
             number(of(own, first), 2),
             number(of(peer, first), 2),
             number(ratio(first), 2),
+            number(gflops, 0),
+            number(share, 0),
         ]);
         list.push(json!({
             "case": case.name,
@@ -248,6 +265,8 @@ fn summarise(options: &Options, rounds: &Rounds) -> (Value, String) {
             "first_step_s": of(own, first),
             "peer_first_step_s": of(peer, first),
             "first_step_ratio": ratio(first),
+            "gflops": gflops,
+            "percent_of_peak": share,
             "rounds": own.len(),
         }));
     }
@@ -268,11 +287,17 @@ fn number(value: f64, digits: usize) -> String {
     if value.is_nan() { "-".to_owned() } else { format!("{value:.digits$}") }
 }
 
-/// Runs the kernels' bench and reads its lines.
-fn kernels() -> Result<Vec<Value>, String> {
+/// The machine's peak by arithmetic, in GFLOP/s.
+fn peaks(rows: &[Value]) -> BTreeMap<String, f64> {
+    let peak = |row: &Value| Some((row["form"].as_str()?.to_owned(), row["speed"].as_f64()?));
+    rows.iter().filter(|row| row["kernel"] == "peak").filter_map(peak).collect()
+}
+
+/// Runs the kernels' bench, or some of its parts, and reads its lines.
+fn kernels(parts: &[&str]) -> Result<Vec<Value>, String> {
     let mut bench =
-        cargo(&["bench", "--quiet", "--package", "retune-kernels", "--bench", "kernels"]);
-    let text = output(&mut bench)?;
+        cargo(&["bench", "--quiet", "--package", "retune-kernels", "--bench", "kernels", "--"]);
+    let text = output(bench.args(parts))?;
     let rows = text.lines().filter_map(|line| {
         let fields: Vec<&str> = line.split('\t').collect();
         let [name, shape, form, ms, speed, unit, share, times] = fields[..] else { return None };

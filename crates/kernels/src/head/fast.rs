@@ -6,6 +6,7 @@ use std::sync::Arc;
 use burn_flex::FlexTensor;
 
 use super::HeadOptions;
+use super::learned::SumGradients;
 use crate::buffer::Buffer;
 use crate::matrix::blocked;
 use crate::matrix::operand::{Operand, Start, Term};
@@ -19,7 +20,7 @@ use crate::tape::{Operation, from_values, values};
 const TOKENS: usize = 512;
 const WORDS: usize = 1024;
 /// Tokens one task of a pass over a tile takes.
-const ROWS: usize = 16;
+pub(super) const ROWS: usize = 16;
 
 /// Cross-entropy of `x` with a frozen head, or with the second input as head; the bias comes last.
 #[derive(Clone, Debug)]
@@ -33,7 +34,7 @@ pub(super) struct Head {
     all: usize,
     /// Places of the tokens that have a label, and the labels.
     places: Arc<[usize]>,
-    labels: Arc<[usize]>,
+    pub(super) labels: Arc<[usize]>,
 }
 
 /// What backward needs.
@@ -44,25 +45,27 @@ pub(super) struct Saved<const N: usize> {
     dx: Arc<Vec<f32>>,
     /// `[labels]`: log-sum-exp of the logits
     sums: Arc<[f32]>,
+    /// Where weight or bias wants a gradient.
+    learned: Option<SumGradients>,
 }
 
 /// The head's weight, wherever it lies.
 #[derive(Clone, Copy)]
-enum Weight<'a> {
+pub(super) enum Weight<'a> {
     Packed(&'a PackedMatrix),
     /// `[words, width]`
     Dense(&'a [f32], usize, Arithmetic),
 }
 
 impl<'a> Weight<'a> {
-    fn shape(self) -> [usize; 2] {
+    pub(super) fn shape(self) -> [usize; 2] {
         match self {
             Self::Packed(matrix) => [matrix.rows(), matrix.columns()],
             Self::Dense(values, width, _) => [values.len() / width.max(1), width],
         }
     }
 
-    fn arithmetic(self) -> Arithmetic {
+    pub(super) fn arithmetic(self) -> Arithmetic {
         match self {
             Self::Packed(matrix) => matrix.arithmetic(),
             Self::Dense(_, _, arithmetic) => arithmetic,
@@ -70,7 +73,7 @@ impl<'a> Weight<'a> {
     }
 
     /// Gives `[words, width]`, unpacked into `buffer` unless it lies ready.
-    fn tile<'b>(self, words: &Range<usize>, buffer: &'b mut Vec<f32>) -> &'b [f32]
+    pub(super) fn tile<'b>(self, words: &Range<usize>, buffer: &'b mut Vec<f32>) -> &'b [f32]
     where
         'a: 'b,
     {
@@ -103,17 +106,17 @@ impl<'a> Weight<'a> {
 
 /// What has been seen of one token's logits.
 #[derive(Clone, Copy)]
-struct Seen {
-    largest: f32,
+pub(super) struct Seen {
+    pub(super) largest: f32,
     /// Sum of exponentials above the largest.
-    sum: f32,
+    pub(super) sum: f32,
     /// Logit of the label, and its slope through scale and cap.
     label: f32,
-    label_slope: f32,
+    pub(super) label_slope: f32,
 }
 
 impl Seen {
-    const NOTHING: Self =
+    pub(super) const NOTHING: Self =
         Self { largest: f32::NEG_INFINITY, sum: 0.0, label: 0.0, label_slope: 0.0 };
 }
 
@@ -173,7 +176,7 @@ impl Head {
     }
 
     /// Cuts the vocabulary into tiles.
-    fn words(words: usize) -> impl Iterator<Item = Range<usize>> {
+    pub(super) fn words(words: usize) -> impl Iterator<Item = Range<usize>> {
         (0..words).step_by(WORDS).map(move |start| start..words.min(start + WORDS))
     }
 
@@ -239,8 +242,19 @@ impl Head {
         seen
     }
 
+    /// Takes in some rows of a tile, as [`see_rows`] does, with no gradient to fade.
+    pub(super) fn see_tile(
+        &self,
+        words: &Range<usize>,
+        labels: &[usize],
+        logits: &mut [f32],
+        seen: &mut [Seen],
+    ) {
+        see_rows(self.scale, self.soft_cap, words, labels, logits, seen, &mut []);
+    }
+
     /// Computes `x · tileᵀ + bias[words]`.
-    fn logits(
+    pub(super) fn logits(
         arithmetic: Arithmetic,
         x: &[f32],
         tile: &[f32],
@@ -258,18 +272,24 @@ impl Head {
         blocked::multiply(arithmetic, out.len() / words.len(), words.len(), &[term], start, out);
     }
 
-    /// Computes gradients of weight and bias, `[words, width]` and `[words]`.
+    /// Tells whether weight and bias want a gradient.
+    fn wants<const N: usize>(&self, wanted: [bool; N]) -> [bool; 2] {
+        let weight_at = self.frozen.is_none().then_some(1);
+        [weight_at, self.bias_at(N)].map(|at| at.is_some_and(|at| wanted[at]))
+    }
+
+    /// Computes gradients of weight and bias, `[words, width]` and `[words]`, of losses that weigh
+    /// differently: `factors`, one per label.
     fn weight_gradients<const N: usize>(
         &self,
         saved: &Saved<N>,
-        gradient: &[f32],
+        factors: &[f32],
         wanted: [bool; 2],
     ) -> [Vec<f32>; 2] {
         let weight = self.weight(&saved.inputs);
         let bias = self.bias(&saved.inputs);
         let [words, width] = weight.shape();
         let x = self.labelled(values(&saved.inputs[0]), width);
-        let factors: Vec<f32> = self.places.iter().map(|place| gradient[*place]).collect();
         let mut dweight = vec![0.0; if wanted[0] { words * width } else { 0 }];
         let mut dbias = vec![0.0; words];
         let (mut unpacked, mut changes) = (Vec::new(), Vec::new());
@@ -319,8 +339,15 @@ impl<const N: usize> Operation<N> for Head {
         let weight = self.weight(&inputs);
         let [_, width] = weight.shape();
         let x = self.labelled(values(&inputs[0]), width);
-        let mut dx = vec![0.0; if wanted[0] { x.len() } else { 0 }];
-        let seen = self.see(weight, self.bias(&inputs), &x, &mut dx);
+        let bias = self.bias(&inputs);
+        let [wants_weight, wants_bias] = self.wants(wanted);
+        let (seen, dx, learned) = if wants_weight || wants_bias {
+            let learned = self.learn(weight, bias, &x, [wanted[0], wants_weight, wants_bias]);
+            (learned.seen, learned.dx, Some(learned.sums))
+        } else {
+            let mut dx = vec![0.0; if wanted[0] { x.len() } else { 0 }];
+            (self.see(weight, bias, &x, &mut dx), dx, None)
+        };
         let mut losses = vec![0.0; self.all];
         let mut sums = Vec::with_capacity(seen.len());
         for (place, seen) in self.places.iter().zip(seen) {
@@ -328,13 +355,13 @@ impl<const N: usize> Operation<N> for Head {
             losses[*place] = sum - seen.label;
             sums.push(sum);
         }
-        let saved = Saved { dx: Arc::new(dx), sums: sums.into(), inputs };
+        let saved = Saved { dx: Arc::new(dx), sums: sums.into(), learned, inputs };
         (from_values(losses, [self.all]), saved)
     }
 
     fn backward(
         &self,
-        saved: Saved<N>,
+        mut saved: Saved<N>,
         gradient: FlexTensor,
         wanted: [bool; N],
     ) -> [Option<FlexTensor>; N] {
@@ -342,7 +369,6 @@ impl<const N: usize> Operation<N> for Head {
         let [words, width] = self.weight(&saved.inputs).shape();
         let weight_at = self.frozen.is_none().then_some(1);
         let bias_at = self.bias_at(N);
-        let is_wanted = |at: Option<usize>| at.is_some_and(|at| wanted[at]);
         let mut found = [const { None }; N];
         if wanted[0] {
             let mut dx = Buffer::zeros(self.all * width);
@@ -354,14 +380,19 @@ impl<const N: usize> Operation<N> for Head {
             }
             found[0] = Some(dx.into_tensor([self.all, width]));
         }
-        let wanted = [is_wanted(weight_at), is_wanted(bias_at)];
+        let wanted = self.wants(wanted);
         if wanted != [false, false] {
-            let [dweight, dbias] = self.weight_gradients(&saved, gradient, wanted);
+            let factors: Vec<f32> = self.places.iter().map(|place| gradient[*place]).collect();
+            let learned = saved.learned.take().and_then(|learned| learned.times(&factors));
+            let [dweight, dbias] = learned.unwrap_or_else(|| {
+                let [dweight, dbias] = self.weight_gradients(&saved, &factors, wanted);
+                [Some(from_values(dweight, [words, width])), Some(from_values(dbias, [words]))]
+            });
             if let (Some(at), true) = (weight_at, wanted[0]) {
-                found[at] = Some(from_values(dweight, [words, width]));
+                found[at] = dweight;
             }
             if let (Some(at), true) = (bias_at, wanted[1]) {
-                found[at] = Some(from_values(dbias, [words]));
+                found[at] = dbias;
             }
         }
         found

@@ -1,6 +1,7 @@
 //! Cross-entropy fused with the output head.
 
 mod fast;
+mod learned;
 
 use tensor::activation::log_softmax;
 use tensor::{Bool, IndexingUpdateOp, Int, Tensor, TensorData};
@@ -39,8 +40,9 @@ impl Default for HeadOptions {
 /// # Cost
 /// The fast path walks tiles of the vocabulary with a running soft-max, so the logits of a few
 /// hundred tokens by a thousand words exist at a time. The same walk sums up each loss's gradient
-/// by its token, because that does not depend on what comes after; only a trainable head or bias
-/// needs the logits again in backward.
+/// by its token, because that does not depend on what comes after. Where head or bias train, their
+/// gradients are made in it too, and up to 128 MiB of logits exist at a time; only losses that are
+/// weighed differently need the logits again in backward.
 ///
 /// # Panics
 /// When shapes do not fit or a label is outside the vocabulary.

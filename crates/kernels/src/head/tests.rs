@@ -62,6 +62,27 @@ fn fast_is_the_reference() {
 }
 
 #[test]
+fn a_plain_sum_of_losses_has_the_same_gradients() {
+    let mut source = Numbers(24);
+    for _ in 0..200 {
+        let (tokens, width) = (source.between(1, 40), source.between(1, 30));
+        let rows = source.between(1, 90);
+        let case = case(&mut source, tokens, width, rows);
+        agree(
+            &format!("sum of token_losses {tokens}x{width}x{rows} {:?}", case.options),
+            |x| {
+                let table = Table::Trainable(x[1].clone());
+                let options = with_bias(&case.options, x);
+                token_losses(x[0].clone(), &table, &case.labels, &options).sum()
+            },
+            |x| by_reference(x, &case).sum(),
+            &case.inputs,
+            1e-5,
+        );
+    }
+}
+
+#[test]
 fn a_frozen_head_gives_the_same_in_every_form() {
     let mut source = Numbers(15);
     for index in 0..200 {
@@ -94,16 +115,15 @@ fn many_tokens_and_words_take_several_tiles() {
         let mut case = case(&mut source, 300, 8, 2500);
         case.inputs.iter_mut().for_each(|input| input.tracked = true);
         case.labels[..280].fill(Some(1));
-        agree(
-            "token_losses, tiles",
-            |x| {
-                let table = Table::Trainable(x[1].clone());
-                token_losses(x[0].clone(), &table, &case.labels, &with_bias(&case.options, x))
-            },
-            |x| by_reference(x, &case),
-            &case.inputs,
-            1e-5,
-        );
+        let losses = |x: &[Tensor<2>]| {
+            let table = Table::Trainable(x[1].clone());
+            token_losses(x[0].clone(), &table, &case.labels, &with_bias(&case.options, x))
+        };
+        let wanted = |x: &[Tensor<2>]| by_reference(x, &case);
+        agree("token_losses, tiles", losses, wanted, &case.inputs, 1e-5);
+        let (losses, wanted) =
+            (|x: &[Tensor<2>]| losses(x).sum(), |x: &[Tensor<2>]| wanted(x).sum());
+        agree("sum of token_losses, tiles", losses, wanted, &case.inputs, 1e-5);
     }
 }
 
@@ -118,7 +138,10 @@ fn threads_do_not_change_bits() {
             let table = Table::Trainable(x[1].clone());
             token_losses(x[0].clone(), &table, &case.labels, &with_bias(&case.options, x))
         };
-        pool.install(|| run(losses, &case.inputs, DType::F32))
+        pool.install(|| {
+            let sum = |x: &[Tensor<2>]| losses(x).sum();
+            (run(losses, &case.inputs, DType::F32), run(sum, &case.inputs, DType::F32))
+        })
     };
     assert_eq!(on(1), on(2));
 }

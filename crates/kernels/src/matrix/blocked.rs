@@ -10,7 +10,7 @@ use super::operand::{Start, Term};
 use super::pack::{self, Block};
 use super::scratch::{self, Scratch};
 use super::shared::Output;
-use super::tile::{LANES, Panels, Tile, TileOutput, TileStart, portable::Portable};
+use super::tile::{LANES, Panels, Run, Tile, TileOutput, TileStart, portable::Portable};
 #[cfg(target_arch = "x86_64")]
 use super::tile::{
     amx::Amx, amx_split::AmxSplit, avx2::Avx2, avx512::Avx512, avx512_bf16::Avx512Bf16,
@@ -155,12 +155,33 @@ struct Product<'a> {
 
 /// A run of units that a row of tiles is multiplied over.
 struct Step<'a> {
-    left: &'a [u32],
+    left: Left<'a>,
     right: &'a [u32],
     units: usize,
     /// Cache lines from one packed right part to the next.
     stride: usize,
     start: Start<'a>,
+}
+
+/// The left factor of a row of tiles.
+#[derive(Clone, Copy)]
+enum Left<'a> {
+    Packed(&'a [u32]),
+    Runs(&'a [Run]),
+}
+
+impl Left<'_> {
+    /// # Safety
+    /// As [`Tile::tile`] or [`Tile::tile_of_runs`].
+    unsafe fn multiply<T: Tile>(self, right: Panels, units: usize, output: TileOutput) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            match self {
+                Self::Packed(left) => T::tile(left.as_ptr(), right, units, output),
+                Self::Runs(runs) => T::tile_of_runs(runs, right, output),
+            }
+        }
+    }
 }
 
 impl Product<'_> {
@@ -177,6 +198,7 @@ impl Product<'_> {
     ) {
         debug_assert!(rows.end <= self.rows && columns.end <= self.columns);
         let panels = columns.len().div_ceil(LANES);
+        let mut runs = Vec::new();
         for (index, block) in self.blocks.iter().enumerate() {
             let right = scratch.right.at_least(panels * T::PARTS * block.stride() * LANES);
             // SAFETY: as the caller promises.
@@ -190,21 +212,31 @@ impl Product<'_> {
             for tile in 0..tiles {
                 let height = (rows.end - row).div_ceil(tiles - tile);
                 let height = height.next_multiple_of(T::ROW_GRANULE).min(rows.end - row);
-                let left = scratch.left.at_least(T::ROWS * T::DEPTH);
                 let edge = scratch.edge.at_least(T::ROWS * T::PANELS * LANES);
-                // SAFETY: as the caller promises; both factors are packed for this block.
-                unsafe {
-                    let rows = row..row + height;
-                    pack::left::<T>(self.terms, block, rows, left, &mut scratch.rows);
-                    for unit in (0..block.units).step_by(T::STEP) {
-                        let step = Step {
-                            left: &left[unit..],
-                            right: &right[unit * LANES..],
-                            units: T::STEP.min(block.units - unit),
-                            stride: block.stride(),
-                            start: if unit == 0 { start } else { Start::Output },
-                        };
-                        self.row_of_tiles::<T>(&step, (row, height), &columns, edge);
+                let rows = row..row + height;
+                let step = |left, unit, units| Step {
+                    left,
+                    right: &right[unit * LANES..],
+                    units,
+                    stride: block.stride(),
+                    start: if unit == 0 { start } else { Start::Output },
+                };
+                if T::DIRECT {
+                    pack::runs::<T>(self.terms, block, rows, &mut scratch.left, &mut runs);
+                    let step = step(Left::Runs(&runs), 0, block.units);
+                    // SAFETY: as the caller promises; the runs lead into the factors and the
+                    // scratch, neither of which changes meanwhile.
+                    unsafe { self.row_of_tiles::<T>(&step, (row, height), &columns, edge) }
+                } else {
+                    let left = scratch.left.at_least(T::ROWS * T::DEPTH);
+                    // SAFETY: as the caller promises; both factors are packed for this block.
+                    unsafe {
+                        pack::left::<T>(self.terms, block, rows, left, &mut scratch.rows);
+                        for unit in (0..block.units).step_by(T::STEP) {
+                            let units = T::STEP.min(block.units - unit);
+                            let step = step(Left::Packed(&left[unit..]), unit, units);
+                            self.row_of_tiles::<T>(&step, (row, height), &columns, edge);
+                        }
                     }
                 }
                 row += height;
@@ -221,7 +253,7 @@ impl Product<'_> {
         columns: &Range<usize>,
         edge: &mut [u32],
     ) {
-        let (left, units, start) = (step.left.as_ptr(), step.units, step.start);
+        let (left, units, start) = (step.left, step.units, step.start);
         let part = step.stride * LANES;
         let width = T::PANELS * LANES;
         for (index, column) in columns.clone().step_by(width).enumerate() {
@@ -245,7 +277,7 @@ impl Product<'_> {
                     start: tile_start,
                 };
                 // SAFETY: the tile lies inside this task's part of the output.
-                unsafe { T::tile(left, right, units, output) }
+                unsafe { left.multiply::<T>(right, units, output) }
                 continue;
             }
             let edge: &mut [f32] = bytemuck::cast_slice_mut(edge);
@@ -266,7 +298,7 @@ impl Product<'_> {
                 start: TileStart::Output,
             };
             // SAFETY: the edge buffer holds a whole tile.
-            unsafe { T::tile(left, right, units, output) }
+            unsafe { left.multiply::<T>(right, units, output) }
             for (r, edge) in edge.chunks_exact(width).take(height).enumerate() {
                 // SAFETY: as above, and this thread alone writes there.
                 let out =

@@ -14,6 +14,7 @@ pub(crate) mod blocked;
 mod cpu;
 mod dot;
 mod int8;
+mod narrow;
 pub(crate) mod operand;
 mod outer;
 mod pack;

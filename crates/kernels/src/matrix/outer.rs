@@ -17,8 +17,8 @@ use crate::work;
 pub(super) const NARROW: usize = 32;
 /// Rows of both factors that are multiplied before the next columns are.
 const ROWS: usize = 16;
-/// Columns of `b` a task takes.
-const COLUMNS: usize = 192;
+/// Columns of `b` a task takes: few, so that the threads share narrow ones evenly.
+const COLUMNS: usize = 96;
 
 /// Computes `out = aᵀ · b`.
 ///

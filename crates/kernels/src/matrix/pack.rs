@@ -6,7 +6,7 @@ use half::bf16;
 
 use super::operand::{Operand, Term};
 use super::scratch::Buffer;
-use super::tile::{LANES, Tile};
+use super::tile::{LANES, Run, Tile};
 
 /// A part of one term's reduction, and the unit it starts at in a packed block.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,6 +119,48 @@ pub(crate) unsafe fn left<T: Tile>(
         for packed in packed.chunks_exact_mut(part::<T>()) {
             packed[block.used..block.units].fill(0);
         }
+    }
+}
+
+/// Numbers between units of columns that [`runs`] copies.
+const UNIT: usize = 8;
+
+/// Finds rows of the left factors where they lie; columns are copied first, a few of each line.
+///
+/// The runs read the factors and `packed`, which must outlive them unchanged.
+pub(crate) fn runs<T: Tile>(
+    terms: &[Term],
+    block: &Block,
+    rows: Range<usize>,
+    packed: &mut Buffer,
+    runs: &mut Vec<Run>,
+) {
+    const { assert!(!T::DIRECT || (!T::PAIRS && T::PARTS == 1 && T::ROWS <= UNIT)) };
+    let packed: &mut [f32] = bytemuck::cast_slice_mut(packed.at_least(T::DEPTH * UNIT));
+    runs.clear();
+    for piece in &block.pieces {
+        let units = piece.range.len();
+        runs.push(match terms[piece.term].left {
+            Operand::Rows { values, stride } => {
+                let part = &values[rows.start * stride + piece.range.start
+                    ..(rows.end - 1) * stride + piece.range.end];
+                Run { first: part.as_ptr(), row: stride, unit: 1, units }
+            }
+            Operand::Columns { values, stride } => {
+                let packed = &mut packed[piece.unit * UNIT..][..units * UNIT];
+                for (k, packed) in piece.range.clone().zip(packed.chunks_exact_mut(UNIT)) {
+                    let values = &values[k * stride + rows.start..];
+                    match values.first_chunk::<UNIT>() {
+                        Some(values) => packed.copy_from_slice(values),
+                        None => packed[..rows.len()].copy_from_slice(&values[..rows.len()]),
+                    }
+                }
+                Run { first: packed.as_ptr(), row: 1, unit: UNIT, units }
+            }
+            Operand::Frozen(_) | Operand::FrozenTransposed(_) => {
+                unreachable!("frozen matrices are right factors")
+            }
+        });
     }
 }
 

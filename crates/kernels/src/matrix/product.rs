@@ -1,7 +1,7 @@
 //! Products of dense row-major matrices.
 
 use super::operand::{Operand, Start, Term};
-use super::{Arithmetic, blocked, dot, outer};
+use super::{Arithmetic, blocked, dot, narrow, outer};
 
 /// Computes `out = a · b`.
 ///
@@ -26,6 +26,9 @@ pub fn product(
     out: &mut [f32],
 ) {
     check([m, k, n], a, b);
+    if narrow::suits(m, n) {
+        return narrow::multiply([m, k, n], (a, k), (b, [n, 1]), out);
+    }
     if n <= dot::NARROW && m > n {
         let turned: Vec<f32> = (0..n).flat_map(|j| b.iter().skip(j).step_by(n).copied()).collect();
         let right = Operand::rows(&turned, k);
@@ -54,6 +57,9 @@ pub fn product_nt(
     out: &mut [f32],
 ) {
     check([m, k, n], a, b);
+    if bias.is_none() && narrow::suits(m, n) {
+        return narrow::multiply([m, k, n], (a, k), (b, [1, k]), out);
+    }
     let start = bias.map_or(Start::Zero, Start::Bias);
     let term = [Term { left: Operand::rows(a, k), right: Operand::rows(b, k), length: k }];
     if dot::suits(&term, m, n) {

@@ -29,6 +29,16 @@ pub(crate) struct Panels {
     pub(crate) part: usize,
 }
 
+/// Some units of a left factor's rows, read where they lie.
+#[derive(Clone, Copy)]
+pub(crate) struct Run {
+    pub(crate) first: *const f32,
+    /// Numbers between rows, and between units; one of the two is 1.
+    pub(crate) row: usize,
+    pub(crate) unit: usize,
+    pub(crate) units: usize,
+}
+
 /// What a tile starts from.
 #[derive(Clone, Copy)]
 pub(crate) enum TileStart {
@@ -92,6 +102,9 @@ pub(crate) trait Tile {
     const CHUNK: usize = 256;
     /// Whether a unit is a pair of bf16.
     const PAIRS: bool;
+    /// Whether the left factor is read where it lies, by [`Self::tile_of_runs`]; of single numbers
+    /// in one part only.
+    const DIRECT: bool = false;
 
     /// Runs a task with whatever state the instructions need.
     ///
@@ -108,6 +121,15 @@ pub(crate) trait Tile {
     /// units each; `right` holds `panels` panels of `units` units; `output` describes memory this
     /// thread alone may write; the call is inside [`Self::session`].
     unsafe fn tile(left: *const u32, right: Panels, units: usize, output: TileOutput);
+
+    /// Computes one tile of `left · rightᵀ`, the left factor being runs one after another.
+    ///
+    /// # Safety
+    /// As [`Self::tile`], every run holding the output's rows and all runs together the panels'
+    /// units.
+    unsafe fn tile_of_runs(_: &[Run], _: Panels, _: TileOutput) {
+        unreachable!("this tile reads packed factors")
+    }
 
     /// Turns sixteen rows into a panel: `panel[unit * 16 + row] = rows[row][unit]`.
     ///
