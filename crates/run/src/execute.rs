@@ -11,7 +11,7 @@ use crate::artefacts::tensorboard::{EventWriter, file_name};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
 use crate::folder::{EventLog, RunFolder, read_events};
-use crate::measure::Measurement;
+use crate::measure::{MEASURED_TOKENS, Measurement};
 use crate::prefetch::Prefetched;
 use crate::prepare::Prepared;
 use crate::recipe::Recipe;
@@ -32,9 +32,6 @@ pub struct Done {
     /// What was measured.
     pub report: RunReport,
 }
-
-/// Tokens in one pass of an evaluation.
-const EVALUATION_TOKENS: usize = 2048;
 
 /// Carries a recipe out, from the first measurement to the report.
 ///
@@ -184,7 +181,7 @@ fn walk(
     }
     let mut validation = match &prepared.splits.validation {
         Some(rows) => {
-            Some(ValidationLoss { batches: rows.batches(recipe.evaluate.rows, EVALUATION_TOKENS)? })
+            Some(ValidationLoss { batches: rows.batches(recipe.evaluate.rows, MEASURED_TOKENS)? })
         }
         None => None,
     };

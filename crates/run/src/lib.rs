@@ -15,6 +15,7 @@ pub mod execute;
 pub mod export;
 pub mod extract;
 pub mod folder;
+mod forecast;
 pub mod measure;
 pub mod open;
 pub mod plan;
