@@ -30,7 +30,7 @@ pub(crate) fn logits(
     force: bool,
     json: bool,
 ) -> Result<(), Failure> {
-    let session = Session::open(model, adapter, false, force, json)?;
+    let session = Session::open(model, adapter, force, json)?;
     let tuned = session.tuned();
     let two_sided = tuned.model.spec().decoder_start().is_some();
     let (rows, width) = read_rows(input, two_sided)?;

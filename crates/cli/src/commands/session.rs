@@ -2,10 +2,13 @@
 
 use std::path::Path;
 
+use retune_core::Error;
 use retune_core::change::Changes;
+use retune_core::kernels::matrix::Arithmetic;
 use retune_core::model::Tuned;
 use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
+use retune_core::weights::Packing;
 use retune_data::prepare::{PrepareOptions, Preparer};
 use retune_data::template::{ChatTemplate, Date, TemplateSettings};
 use retune_data::tokenizer::Tokenizer;
@@ -14,8 +17,8 @@ use retune_methods::adapter::Adapter;
 use retune_models::Task;
 use retune_run::environment::Environment;
 use retune_run::open::{Located, Opened};
-use retune_run::recipe::{ComputeOptions, WeightsName};
 
+use crate::args::ModelArguments;
 use crate::environment::{clock, hub, machine, peak_bytes};
 use crate::failure::Failure;
 use crate::progress::Downloads;
@@ -48,38 +51,68 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// Opens a model, and puts the adapter's changes in force.
+    /// Opens a model for its numbers, in `f32`, and puts the adapter's changes in force.
     ///
     /// # Errors
     /// If either cannot be read, or the adapter is of another base and `force` is not given.
     pub(crate) fn open(
         model: &str,
         adapter: Option<&Path>,
-        stored: bool,
+        force: bool,
+        quiet: bool,
+    ) -> Result<Self, Failure> {
+        Self::open_packed(model, adapter, &[Packing::default()], force, quiet)
+    }
+
+    /// Opens a model for its answers: quantised blocks stay as they lie, and are multiplied with
+    /// inputs rounded to 8 bits unless asked otherwise.
+    ///
+    /// # Errors
+    /// As [`Session::open`].
+    pub(crate) fn to_answer(arguments: &ModelArguments, quiet: bool) -> Result<Self, Failure> {
+        // This thread becomes a worker: handing a token's hundreds of small products to others, and
+        // waiting for each, would cost more than many of them. Fails where the pool is there already.
+        let _ = rayon::ThreadPoolBuilder::new().use_current_thread().build_global();
+        let arithmetic = if arguments.exact { Arithmetic::F32 } else { Arithmetic::Int8 };
+        let blocks = Packing { keep_blocks: true, arithmetic, ..Packing::default() };
+        // Some adapters write into the weights, which blocks do not allow.
+        let packings = [blocks, Packing::default()];
+        let adapter = arguments.adapter.as_deref();
+        Self::open_packed(&arguments.model, adapter, &packings, arguments.force, quiet)
+    }
+
+    /// Opens a model in the first of `packings` that the adapter can be attached to.
+    fn open_packed(
+        model: &str,
+        adapter: Option<&Path>,
+        packings: &[Packing],
         force: bool,
         quiet: bool,
     ) -> Result<Self, Failure> {
         with_environment(quiet, |environment| {
             let located = Located::find(model, environment)?;
-            let compute = ComputeOptions {
-                weights: if stored { WeightsName::Stored } else { WeightsName::F32 },
-                ..ComputeOptions::default()
-            };
             let adapter_files = adapter.map(Adapter::read).transpose()?;
             let task = adapter_files
                 .as_ref()
                 .and_then(labels)
                 .map_or(Task::AsSaved, |labels| Task::Classify { labels });
-            let opened = Opened::open(&located, &task, Seed(0), &compute, None)?;
-            let mut parameters = Parameters::new(opened.weights.device());
-            let mut changes = Changes::default();
-            if let (Some(folder), Some(adapter)) = (adapter, &adapter_files) {
-                retune_run::open::check_base(folder, adapter, &opened, force)?;
-                let method = adapter.method()?;
-                changes = method.attach(&opened.weights, &mut parameters, Seed(0))?;
-                adapter.fill(folder, &mut parameters)?;
+            let mut packings = packings.iter().copied().peekable();
+            loop {
+                let packing = packings.next().unwrap_or_default();
+                let opened = Opened::open_packed(&located, &task, Seed(0), packing, None)?;
+                let mut parameters = Parameters::new(opened.weights.device());
+                let mut changes = Changes::default();
+                if let (Some(folder), Some(adapter)) = (adapter, &adapter_files) {
+                    retune_run::open::check_base(folder, adapter, &opened, force)?;
+                    let method = adapter.method()?;
+                    changes = match method.attach(&opened.weights, &mut parameters, Seed(0)) {
+                        Err(Error::Unsupported { .. }) if packings.peek().is_some() => continue,
+                        attached => attached?,
+                    };
+                    adapter.fill(folder, &mut parameters)?;
+                }
+                return Ok(Self { located, opened, adapter: adapter_files, changes, parameters });
             }
-            Ok(Self { located, opened, adapter: adapter_files, changes, parameters })
         })
     }
 
