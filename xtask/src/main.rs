@@ -8,6 +8,7 @@ mod generated;
 mod hooks;
 mod layers;
 mod new_method;
+mod sanitize;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -21,6 +22,7 @@ usage: cargo xtask COMMAND
   gen [--check]                     write generated files, or fail where one is stale
   new method NAME                   the skeleton of a tuning method and its line in the registry
   hooks                             write .git/hooks/pre-commit (format and layers)
+  sanitize [--address | --miri]     tests of unsafe code under the address sanitiser and Miri
   bench [--kernels] [--steps]       speed and memory of a release build
         [--peer PYTHON]             the same steps in PyTorch + PEFT, taking turns
         [--lengths]                 texts of 128 to 2,048 tokens instead of the usual cases
@@ -47,6 +49,10 @@ fn main() -> ExitCode {
         ["gen", "--check"] => root().and_then(|root| generated::check(&root)),
         ["new", "method", name] => root().and_then(|root| new_method::run(&root, name)),
         ["hooks"] => root().and_then(|root| hooks::run(&root)),
+        ["sanitize", options @ ..] => match sanitize::Tool::parse(options) {
+            Ok(tools) => root().and_then(|root| sanitize::run(&root, &tools)),
+            Err(problem) => return wrong_use(&problem),
+        },
         ["bench", options @ ..] => match bench::Options::parse(options) {
             Ok(options) => root().and_then(|root| bench::run(&root, &options)),
             Err(problem) => return wrong_use(&problem),

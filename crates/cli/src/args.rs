@@ -280,9 +280,11 @@ pub(crate) struct ModelArguments {
     /// A system message.
     #[arg(long)]
     pub(crate) system: Option<String>,
-    /// Keeps weights as the file stores them (4-bit blocks stay 4-bit).
+    /// Multiplies quantised blocks with inputs as they are, as `logits` and `eval` do. Without it
+    /// inputs are rounded to 8 bits, as llama.cpp does: faster, and a close choice between two
+    /// tokens may fall the other way.
     #[arg(long)]
-    pub(crate) stored: bool,
+    pub(crate) exact: bool,
     /// Uses an adapter of another base.
     #[arg(long)]
     pub(crate) force: bool,

@@ -6,6 +6,7 @@
 //! expected, what was found and what to do.
 
 pub mod atomic;
+#[allow(unsafe_code, reason = "maps a file into memory")]
 mod bytes;
 pub mod compeft;
 mod digest;

@@ -12,7 +12,7 @@ use crate::artefacts::tensorboard::{EventWriter, file_name};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
 use crate::folder::{EventLog, RunFolder, read_events};
-use crate::measure::Measurement;
+use crate::measure::{MEASURED_TOKENS, Measurement};
 use crate::prefetch::Prefetched;
 use crate::prepare::Prepared;
 use crate::recipe::Recipe;
@@ -35,9 +35,6 @@ pub struct Done {
     /// What was measured.
     pub report: RunReport,
 }
-
-/// Tokens in one pass of an evaluation.
-const EVALUATION_TOKENS: usize = 2048;
 
 /// Carries a recipe out, from the first measurement to the report.
 ///
@@ -187,7 +184,7 @@ fn walk(
     }
     let mut validation = match &prepared.splits.validation {
         Some(rows) => {
-            Some(ValidationLoss { batches: rows.batches(recipe.evaluate.rows, EVALUATION_TOKENS)? })
+            Some(ValidationLoss { batches: rows.batches(recipe.evaluate.rows, MEASURED_TOKENS)? })
         }
         None => None,
     };

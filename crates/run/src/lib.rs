@@ -17,6 +17,7 @@ pub mod execute;
 pub mod export;
 pub mod extract;
 pub mod folder;
+mod forecast;
 pub mod graft;
 pub mod images;
 pub mod init;

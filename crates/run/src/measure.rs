@@ -16,6 +16,9 @@ use retune_evaluate::likelihood::{Budget, Request, log_likelihoods};
 use retune_evaluate::metrics::{exact_match, mean, same_words, standard_error, word_f1};
 use retune_evaluate::validation::validate;
 
+/// Tokens of a batch whose loss is measured at most, or of one longer row.
+pub(crate) const MEASURED_TOKENS: usize = 2048;
+
 /// A question with the answer it should get.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Question {
@@ -110,7 +113,7 @@ impl Measure<'_> {
     pub fn run(&self, tuned: &Tuned<'_>) -> Result<Measurement> {
         let mut out =
             Measurement { num_rows: self.rows.len().min(self.options.rows), ..Default::default() };
-        let batches = self.rows.batches(self.options.rows, 2048)?;
+        let batches = self.rows.batches(self.options.rows, MEASURED_TOKENS)?;
         let validation = validate(tuned, &batches)?;
         let mut put = |name: &str, value: f64, std_error: Option<f64>| {
             out.metrics.insert(name.to_owned(), Measured { value, std_error });

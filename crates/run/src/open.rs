@@ -107,6 +107,20 @@ impl Opened {
         compute: &ComputeOptions,
         tokenizer: Option<&Tokenizer>,
     ) -> Result<Self> {
+        Self::open_packed(located, task, seed, packing(compute), tokenizer)
+    }
+
+    /// Opens the weights for a task, in a form and an arithmetic no recipe asks for too.
+    ///
+    /// # Errors
+    /// As [`Opened::open`].
+    pub fn open_packed(
+        located: &Located,
+        task: &Task,
+        seed: Seed,
+        packing: Packing,
+        tokenizer: Option<&Tokenizer>,
+    ) -> Result<Self> {
         let checkpoint = open_for(&located.path, task, seed)?;
         if let Some(tokenizer) = tokenizer {
             tokenizer.check_fits(checkpoint.model.spec().vocabulary)?;
@@ -118,7 +132,7 @@ impl Opened {
         let weights = Weights::new(
             Arc::clone(&checkpoint.source),
             Arc::clone(checkpoint.model.spec()),
-            packing(compute),
+            packing,
             &Device::flex(),
         )?;
         Ok(Self { checkpoint, weights, fingerprint, under: Vec::new() })

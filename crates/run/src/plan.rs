@@ -3,13 +3,13 @@
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::forecast::Forecaster;
+pub use crate::forecast::{Forecast, PassTokens, mebibytes};
 use crate::open::Opened;
 use crate::recipe::{ArithmeticName, Recipe};
 use crate::rows::Splits;
 use retune_core::kernels::matrix::Arithmetic;
-use retune_core::method::MethodPlan;
-use retune_core::spec::{Head, ModelSpec};
 use retune_data::statistics::Statistics;
 
 /// Everything decided before step 1.
@@ -84,26 +84,6 @@ pub struct PlannedData {
     pub statistics: Statistics,
 }
 
-/// What a run is expected to take.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Forecast {
-    /// Bytes of the frozen base.
-    pub weight_bytes: u64,
-    /// Bytes of trained values, their gradients and the optimiser's state.
-    pub training_bytes: u64,
-    /// Bytes of activations of the largest pass.
-    pub activation_bytes: u64,
-    /// Bytes in all, with what the program itself takes.
-    pub total_bytes: u64,
-    /// Floating-point operations of one step.
-    pub flops_per_step: f64,
-    /// Layers are run again in the backward pass, to fit the memory allowed.
-    pub recompute: bool,
-}
-
-/// Bytes the program takes before it holds a model: code, tokenizer, buffers.
-const PROGRAM_BYTES: u64 = 60 << 20;
-
 impl Plan {
     /// Decides everything that is left open.
     ///
@@ -116,6 +96,7 @@ impl Plan {
         splits: &Splits,
         steps_per_epoch: u64,
         max_length: usize,
+        tokens: PassTokens,
     ) -> Result<Self> {
         let spec = opened.checkpoint.model.spec();
         let method = recipe.method.plan(spec)?;
@@ -129,10 +110,10 @@ impl Plan {
         // Stages that do not fit the run, or each other, are refused here.
         recipe.method.stages(num_steps)?;
         let statistics = splits.train.dataset.statistics().clone();
-        let mut forecast = forecast(recipe, spec, &method, &statistics, opened);
-        if let Some(allowed) = recipe.compute.memory {
-            forecast = fit(recipe, spec, &method, &statistics, opened, forecast, allowed.0)?;
-        }
+        let forecast = {
+            let keys = statistics.tokens as f64 / statistics.rows.max(1) as f64;
+            Forecaster { recipe, method: &method, opened, tokens, keys }.fitted()?
+        };
         let mut warnings = warnings(recipe, splits, &statistics, learning_rate, (low, high));
         warnings.extend(method.notes.iter().cloned());
         warnings.extend(arithmetic_note(recipe.compute.arithmetic, Arithmetic::Bf16.is_native()));
@@ -238,160 +219,6 @@ impl Plan {
     }
 }
 
-/// Tokens of the largest pass a run will make.
-fn tokens_per_pass(recipe: &Recipe, statistics: &Statistics) -> u64 {
-    let rows = recipe.train.batch_size as u64;
-    let mean = statistics.tokens / statistics.rows.max(1) as u64;
-    // A pass of several rows rarely has the longest row several times.
-    let row = if recipe.data.packing || rows == 1 {
-        statistics.longest as u64
-    } else {
-        mean + (statistics.longest as u64 - mean.min(statistics.longest as u64)) / rows
-    };
-    rows * row.max(1)
-}
-
-fn forecast(
-    recipe: &Recipe,
-    spec: &ModelSpec,
-    method: &MethodPlan,
-    statistics: &Statistics,
-    opened: &Opened,
-) -> Forecast {
-    let packing = opened.weights.packing();
-    let trains: std::collections::BTreeSet<&str> = method
-        .parameters
-        .iter()
-        .filter(|p| p.trains && spec.weight(&p.place).is_some_and(|w| w.shape == p.shape))
-        .map(|p| p.place.as_str())
-        .collect();
-    let bytes_per_value = match packing.form {
-        retune_core::kernels::matrix::Form::F32 => 4.0,
-        retune_core::kernels::matrix::Form::Bf16 => 2.0,
-        retune_core::kernels::matrix::Form::Blocks(_) => 1.0,
-    };
-    let weight_bytes: f64 = spec
-        .weights
-        .iter()
-        .filter(|weight| !trains.contains(weight.name.as_str()))
-        .map(|weight| {
-            let stored = opened.weights.source().stored_bytes(&weight.name);
-            match (packing.keep_blocks, stored) {
-                (true, Some(bytes)) if weight.shape.len() > 1 => bytes as f64,
-                _ => weight.count() as f64 * bytes_per_value,
-            }
-        })
-        .sum();
-    let trainable = method.num_trainable() as u64;
-    let training_bytes = trainable * (8 + recipe.train.optimizer().state_bytes_per_value() as u64);
-    let tokens = tokens_per_pass(recipe, statistics);
-    let recompute = recipe.train.recompute;
-    let activation_bytes = activation_bytes(spec, tokens, recompute);
-    let linear: f64 = spec.linears().map(|weight| weight.count() as f64).sum();
-    let head = match &spec.head {
-        Head::Language { weight, .. } if spec.weight(weight).is_some_and(|w| !w.is_linear()) => {
-            (spec.vocabulary * spec.width) as f64
-        }
-        _ => 0.0,
-    };
-    // Forward and the input's gradient; a weight's own gradient where the weight trains.
-    let trained = spec.linears().filter(|weight| trains.contains(weight.name.as_str()));
-    let trained: f64 = trained.map(|weight| weight.count() as f64).sum();
-    let passes = 2.0 + trained / linear.max(1.0);
-    let passes = passes + if recompute { 1.0 } else { 0.0 };
-    let step_tokens = tokens as f64 * recipe.train.accumulation as f64;
-    Forecast {
-        weight_bytes: weight_bytes as u64,
-        training_bytes,
-        activation_bytes,
-        total_bytes: PROGRAM_BYTES + weight_bytes as u64 + training_bytes + activation_bytes,
-        flops_per_step: step_tokens
-            * (2.0 * passes * (linear + head) + attention_flops(spec, statistics)),
-        recompute,
-    }
-}
-
-/// Operations of attention per token, both ways: each query against the keys of its own document.
-///
-/// Two products forward and four backward, two operations a number; of causal attention one half.
-fn attention_flops(spec: &ModelSpec, statistics: &Statistics) -> f64 {
-    let keys = statistics.tokens as f64 / statistics.rows.max(1) as f64;
-    let keys = if spec.causal { keys / 2.0 } else { keys };
-    12.0 * keys * (spec.num_layers * spec.num_heads * spec.head_width) as f64
-}
-
-/// Bytes of the activations that wait for the backward pass.
-///
-/// Per block and token: what both norms read, queries, keys, values and output of attention, and
-/// both halves of the gate; what linear layers read behind them is computed again. With
-/// recomputation, one width per block and one block in full.
-fn activation_bytes(spec: &ModelSpec, tokens: u64, recompute: bool) -> u64 {
-    let heads = (spec.num_heads * spec.head_width) as u64;
-    let keys = (spec.num_key_heads * spec.head_width) as u64;
-    let width = spec.width as u64;
-    let inner = spec.inner_width as u64;
-    let block = 2 * width + 2 * heads + 2 * keys + 2 * inner;
-    let layers = spec.num_layers as u64;
-    let kept = if recompute { layers * width + block } else { layers * block };
-    4 * tokens * (kept + 6 * width)
-}
-
-/// Switches recomputation on where that is what it takes, or refuses.
-fn fit(
-    recipe: &Recipe,
-    spec: &ModelSpec,
-    method: &MethodPlan,
-    statistics: &Statistics,
-    opened: &Opened,
-    forecast: Forecast,
-    allowed: u64,
-) -> Result<Forecast> {
-    if forecast.total_bytes <= allowed {
-        return Ok(forecast);
-    }
-    let tokens = tokens_per_pass(recipe, statistics);
-    let smaller = activation_bytes(spec, tokens, true);
-    let with = Forecast {
-        activation_bytes: smaller,
-        total_bytes: forecast.total_bytes - forecast.activation_bytes + smaller,
-        recompute: true,
-        flops_per_step: forecast.flops_per_step * 1.4,
-        ..forecast
-    };
-    if with.total_bytes <= allowed {
-        return Ok(with);
-    }
-    let fixed = with.total_bytes - with.activation_bytes;
-    let mut help = Vec::new();
-    for rows in (1..recipe.train.batch_size).rev() {
-        let part = smaller * rows as u64 / recipe.train.batch_size as u64;
-        if fixed + part <= allowed {
-            help.push(format!("`train.batch_size = {rows}` with `train.accumulation` raised"));
-            break;
-        }
-    }
-    let weights = opened.weights.packing();
-    if weights.form == retune_core::kernels::matrix::Form::F32 && !weights.keep_blocks {
-        help.push("`compute.weights = \"bf16\"` or \"stored\"".to_owned());
-    }
-    if method.num_trainable() * 10 > spec.count() {
-        help.push("a method that trains less, such as `[method.lora]`".to_owned());
-    }
-    help.push(format!("`compute.memory = \"{}\"`", mebibytes(with.total_bytes)));
-    Err(Error::Plan {
-        what: "the run does not fit the memory allowed".to_owned(),
-        expected: format!("at most {}", mebibytes(allowed)),
-        found: format!(
-            "{} even with recomputed layers: weights {}, training {}, activations {}",
-            mebibytes(with.total_bytes),
-            mebibytes(with.weight_bytes),
-            mebibytes(with.training_bytes),
-            mebibytes(with.activation_bytes)
-        ),
-        help: help.join(", or "),
-    })
-}
-
 /// Says what is used where the processor lacks the arithmetic a recipe asks for.
 fn arithmetic_note(asked: ArithmeticName, native: bool) -> Option<String> {
     (asked == ArithmeticName::Bf16 && !native).then(|| {
@@ -399,11 +226,6 @@ fn arithmetic_note(asked: ArithmeticName, native: bool) -> Option<String> {
          \"bf16\"` is computed in f32, which is more exact and no slower here"
             .to_owned()
     })
-}
-
-/// Writes a number of bytes as MiB, rounded up.
-pub fn mebibytes(bytes: u64) -> String {
-    format!("{}MiB", bytes.div_ceil(1 << 20))
 }
 
 /// Says what a person should know before step 1: the classic mistakes.

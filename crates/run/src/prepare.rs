@@ -3,9 +3,9 @@
 use crate::adapters::{merge_under, read_adapters};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
-use crate::measure::{Measure, answers_seen};
+use crate::measure::{MEASURED_TOKENS, Measure, answers_seen};
 use crate::open::{Located, Opened};
-use crate::plan::Plan;
+use crate::plan::{PassTokens, Plan};
 use crate::recipe::{EvaluationKind, Recipe};
 use crate::rows::{Rows, Splits, Subset, TrainBatches};
 use retune_core::names::nearest_list;
@@ -14,6 +14,7 @@ use retune_core::spec::Head;
 use retune_data::labels::Labels;
 use retune_data::template::Date;
 use retune_data::tokenizer::Tokenizer;
+use retune_evaluate::generate::Generation;
 use retune_models::Task;
 
 /// A run that stands before step 1.
@@ -75,7 +76,7 @@ impl Prepared {
         let opened = Opened::open(&located, &task, seed, &recipe.compute, tokenizer.as_ref())?;
         let opened = merge_under(opened, &read_adapters(&recipe.adapters)?, false)?;
         let train = &recipe.train;
-        let batches = TrainBatches::new(
+        let mut batches = TrainBatches::new(
             splits.train.clone(),
             seed,
             &recipe.data,
@@ -83,8 +84,10 @@ impl Prepared {
             train.batch_size,
             train.accumulation,
         )?;
+        let steps_per_epoch = batches.steps_per_epoch();
+        let tokens = pass_tokens(&recipe, &splits, batches.most_tokens());
         let plan =
-            Plan::make(&recipe, &located, &opened, &splits, batches.steps_per_epoch(), max_length)?;
+            Plan::make(&recipe, &located, &opened, &splits, steps_per_epoch, max_length, tokens)?;
         let choices = match recipe.evaluate.kind {
             EvaluationKind::Choice if recipe.evaluate.choices.is_empty() => {
                 answers_seen(&splits.train)?
@@ -151,11 +154,7 @@ impl Prepared {
     /// Returns the rows that are measured before and after: those of the test file, else the
     /// validation rows, else the training rows.
     pub fn measured(&self) -> (&Subset, bool) {
-        match (&self.splits.test, &self.splits.validation) {
-            (Some(test), _) => (test, true),
-            (None, Some(validation)) => (validation, true),
-            (None, None) => (&self.splits.train, false),
-        }
+        measured(&self.splits)
     }
 
     /// Returns what measures the model on `rows`.
@@ -167,4 +166,30 @@ impl Prepared {
             seed: Seed(self.recipe.seed),
         }
     }
+}
+
+fn measured(splits: &Splits) -> (&Subset, bool) {
+    match (&splits.test, &splits.validation) {
+        (Some(test), _) => (test, true),
+        (None, Some(validation)) => (validation, true),
+        (None, None) => (&splits.train, false),
+    }
+}
+
+/// Returns the tokens of the largest passes, from the lengths of the rows.
+fn pass_tokens(recipe: &Recipe, splits: &Splits, training: u64) -> PassTokens {
+    let rows = measured(splits).0;
+    let mut lengths: Vec<u64> = rows.lengths().take(recipe.evaluate.rows).collect();
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    let validation = lengths.iter().sum::<u64>().min(longest.max(MEASURED_TOKENS as u64));
+    let answers = match recipe.evaluate.kind {
+        EvaluationKind::Generate => lengths.len(),
+        _ => recipe.evaluate.examples.min(lengths.len()),
+    };
+    let answers = answers.min(Generation::default().max_parallel);
+    // At worst the longest; a row holds its answer too.
+    lengths.sort_unstable_by(|a, b| b.cmp(a));
+    let prompts = lengths[..answers].iter().sum();
+    let longest = splits.train.lengths().max().unwrap_or(0);
+    PassTokens { training, longest, validation, prompts, answers: answers as u64 }
 }

@@ -138,6 +138,11 @@ impl Subset {
         self.rows.is_empty()
     }
 
+    /// Returns the tokens of each row, in order.
+    pub fn lengths(&self) -> impl Iterator<Item = u64> {
+        self.rows.iter().map(|row| u64::from(self.dataset.lengths()[*row]))
+    }
+
     /// Lays at most `limit` rows into batches of at most `budget` tokens.
     ///
     /// # Errors
@@ -377,6 +382,17 @@ impl TrainBatches {
     /// Returns the number of steps of one epoch.
     pub fn steps_per_epoch(&self) -> u64 {
         self.packed.len().div_ceil(self.batch_size * self.accumulation).max(1) as u64
+    }
+
+    /// Returns the tokens of the largest micro-batch of the first epoch.
+    pub fn most_tokens(&mut self) -> u64 {
+        let all = self.subset.dataset.lengths();
+        let lengths: Vec<u64> = self.subset.rows.iter().map(|row| u64::from(all[*row])).collect();
+        let (batch_size, per_step) = (self.batch_size, self.batch_size * self.accumulation);
+        let rows = self.epoch_rows(0);
+        let micro_batches = rows.chunks(per_step).flat_map(|step| step.chunks(batch_size));
+        let tokens = micro_batches.map(|rows| rows.iter().flatten().map(|row| lengths[*row]).sum());
+        tokens.max().unwrap_or(0)
     }
 
     /// Returns the rows of an epoch, each a list of documents.

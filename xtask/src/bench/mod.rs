@@ -185,16 +185,10 @@ fn rounds(
     Ok(rounds)
 }
 
-<<<<<<< HEAD
 fn chosen(options: &Options) -> impl Iterator<Item = &'static Case<'static>> {
-    let wanted = |case: &&Case<'_>| {
-        options.only.is_empty() || options.only.iter().any(|name| name == case.name)
-=======
-fn chosen(options: &Options) -> impl Iterator<Item = &'static Case> {
-    let wanted = |case: &&Case| match options.only.as_slice() {
+    let wanted = |case: &&Case<'_>| match options.only.as_slice() {
         [] => case.of_lengths == options.lengths,
         only => only.iter().any(|name| name == case.name),
->>>>>>> speed
     };
     cases::all().iter().filter(wanted)
 }

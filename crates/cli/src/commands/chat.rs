@@ -16,7 +16,7 @@ use crate::failure::Failure;
 
 /// Talks with a model until the input ends.
 pub(crate) fn chat(model: &ModelArguments, json: bool) -> Result<(), Failure> {
-    let session = Session::open(&model.model, &model.adapters, model.stored, model.force, json)?;
+    let session = Session::to_answer(model, json)?;
     let preparer = session.preparer()?;
     let tokenizer = preparer.tokenizer();
     if preparer.template().is_none() {

@@ -139,14 +139,14 @@ pub(crate) fn run(command: &CrashCommand, json: bool) -> Result<(), Failure> {
             check_free(output, false)?;
             let name = emulator.display().to_string();
             let adapters: Vec<PathBuf> = adapter.iter().cloned().collect();
-            let session = Session::open(&name, &adapters, false, false, json)?;
+            let session = Session::open(&name, &adapters, false, json)?;
             let moved = collect(emulator, &session.tuned(), output)?;
             show(&moved, "collected", output, json);
             Ok(())
         }
         CrashCommand::PlugIn { model, layers, output, dtype, force } => {
             check_free(output, false)?;
-            let session = Session::open(model, &[], false, false, json)?;
+            let session = Session::open(model, &[], false, json)?;
             // A folder without a tokenizer can still be tuned.
             let tokenizer = session.tokenizer().ok();
             let beside = Beside::of(&session.opened.checkpoint.path, tokenizer.as_ref())?;

@@ -82,11 +82,12 @@ pub(crate) fn doctor(arguments: &RecipeArguments, rows: usize, json: bool) -> Re
     );
     let f = &plan.forecast;
     println!(
-        "memory    about {} (weights {}, training {}, activations {})",
+        "memory    about {} (weights {}, training {}, activations {}; measuring {})",
         mebibytes(f.total_bytes),
         mebibytes(f.weight_bytes),
         mebibytes(f.training_bytes),
-        mebibytes(f.activation_bytes)
+        mebibytes(f.activation_bytes),
+        mebibytes(f.evaluation_bytes)
     );
     println!(
         "time      at least {seconds:.1} s a step, {:.0} s for {} steps",

@@ -22,7 +22,7 @@ pub(crate) fn merge_adapter(
     force: bool,
     json: bool,
 ) -> Result<(), Failure> {
-    let session = Session::open(model, adapters, false, force, json)?;
+    let session = Session::open(model, adapters, force, json)?;
     // A folder without a tokenizer can still be merged.
     let tokenizer = session.tokenizer().ok();
     let dtype = match dtype {
@@ -46,7 +46,7 @@ pub(crate) fn export(
     force: bool,
     json: bool,
 ) -> Result<(), Failure> {
-    let session = Session::open(model, adapters, false, force, json)?;
+    let session = Session::open(model, adapters, force, json)?;
     let name = output.file_stem().map_or_else(|| model.to_owned(), |s| s.to_string_lossy().into());
     let checkpoint = &session.opened.checkpoint;
     match format {

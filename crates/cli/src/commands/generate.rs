@@ -38,7 +38,7 @@ pub(crate) fn generate(
             .read_to_string(&mut text)
             .map_err(|error| Failure::Failed(format!("standard input cannot be read: {error}")))?;
     }
-    let session = Session::open(&model.model, &model.adapters, model.stored, model.force, json)?;
+    let session = Session::to_answer(model, json)?;
     let preparer = session.preparer()?;
     let tokenizer = preparer.tokenizer();
     let ids = if raw || preparer.template().is_none() {

@@ -31,7 +31,7 @@ pub(crate) fn logits(
     force: bool,
     json: bool,
 ) -> Result<(), Failure> {
-    let session = Session::open(model, adapters, false, force, json)?;
+    let session = Session::open(model, adapters, force, json)?;
     let tuned = session.tuned();
     if tuned.model.spec().image().is_some() {
         let rows = pixels::rows(&tuned, input)?;

@@ -94,11 +94,12 @@ pub(crate) fn plan(arguments: &RecipeArguments, json: bool) -> Result<(), Failur
         (
             "memory forecast",
             format!(
-                "{} (weights {}, training {}, activations {})",
+                "{} (weights {}, training {}, activations {}; measuring {})",
                 mebibytes(f.total_bytes),
                 mebibytes(f.weight_bytes),
                 mebibytes(f.training_bytes),
-                mebibytes(f.activation_bytes)
+                mebibytes(f.activation_bytes),
+                mebibytes(f.evaluation_bytes)
             ),
         ),
         ("recomputed layers", if f.recompute { "yes" } else { "no" }.to_owned()),

@@ -2,10 +2,13 @@
 
 use std::path::PathBuf;
 
+use retune_core::Error;
 use retune_core::change::Changes;
+use retune_core::kernels::matrix::Arithmetic;
 use retune_core::model::Tuned;
 use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
+use retune_core::weights::Packing;
 use retune_data::prepare::{PrepareOptions, Preparer};
 use retune_data::template::{ChatTemplate, Date, TemplateSettings};
 use retune_data::tokenizer::Tokenizer;
@@ -15,8 +18,8 @@ use retune_models::Task;
 use retune_run::adapters::{Adapters, InForce, attach_adapters, read_adapters};
 use retune_run::environment::Environment;
 use retune_run::open::{Located, Opened};
-use retune_run::recipe::{ComputeOptions, WeightsName};
 
+use crate::args::ModelArguments;
 use crate::environment::{clock, hub, machine, peak_bytes};
 use crate::failure::Failure;
 use crate::progress::Downloads;
@@ -56,33 +59,63 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// Opens a model, and puts adapters in force, each on top of those before it.
+    /// Opens a model for its numbers, in `f32`, and puts adapters in force, each on top of those
+    /// before it.
     ///
     /// # Errors
     /// If one cannot be read, or is of another base and `force` is not given.
     pub(crate) fn open(
         model: &str,
         adapters: &[PathBuf],
-        stored: bool,
+        force: bool,
+        quiet: bool,
+    ) -> Result<Self, Failure> {
+        Self::open_packed(model, adapters, &[Packing::default()], force, quiet)
+    }
+
+    /// Opens a model for its answers: quantised blocks stay as they lie, and are multiplied with
+    /// inputs rounded to 8 bits unless asked otherwise.
+    ///
+    /// # Errors
+    /// As [`Session::open`].
+    pub(crate) fn to_answer(arguments: &ModelArguments, quiet: bool) -> Result<Self, Failure> {
+        // This thread becomes a worker: handing a token's hundreds of small products to others, and
+        // waiting for each, would cost more than many of them. Fails where the pool is there already.
+        let _ = rayon::ThreadPoolBuilder::new().use_current_thread().build_global();
+        let arithmetic = if arguments.exact { Arithmetic::F32 } else { Arithmetic::Int8 };
+        let blocks = Packing { keep_blocks: true, arithmetic, ..Packing::default() };
+        // Some adapters write into the weights, which blocks do not allow.
+        let packings = [blocks, Packing::default()];
+        Self::open_packed(&arguments.model, &arguments.adapters, &packings, arguments.force, quiet)
+    }
+
+    /// Opens a model in the first of `packings` that the adapters can be attached to.
+    fn open_packed(
+        model: &str,
+        adapters: &[PathBuf],
+        packings: &[Packing],
         force: bool,
         quiet: bool,
     ) -> Result<Self, Failure> {
         with_environment(quiet, |environment| {
             let located = Located::find(model, environment)?;
-            let compute = ComputeOptions {
-                weights: if stored { WeightsName::Stored } else { WeightsName::F32 },
-                ..ComputeOptions::default()
-            };
             let adapters = read_adapters(adapters)?;
             let task = adapters
                 .iter()
                 .find_map(|(_, adapter)| labels(adapter))
                 .map_or(Task::AsSaved, |labels| Task::Classify { labels });
-            let opened = Opened::open(&located, &task, Seed(0), &compute, None)?;
-            let InForce { changes, parameters, notes } =
-                attach_adapters(&adapters, &opened, force)?;
-            warn(&notes, quiet);
-            Ok(Self { located, opened, adapters, changes, parameters })
+            let mut packings = packings.iter().copied().peekable();
+            loop {
+                let packing = packings.next().unwrap_or_default();
+                let opened = Opened::open_packed(&located, &task, Seed(0), packing, None)?;
+                let attached = attach_adapters(&adapters, &opened, force);
+                if packings.peek().is_some() && attached.as_ref().is_err_and(is_unsupported) {
+                    continue;
+                }
+                let InForce { changes, parameters, notes } = attached?;
+                warn(&notes, quiet);
+                return Ok(Self { located, opened, adapters, changes, parameters });
+            }
         })
     }
 
@@ -117,6 +150,10 @@ impl Session {
             PrepareOptions { decoder_start: spec.decoder_start(), ..PrepareOptions::default() };
         Ok(Preparer::new(tokenizer, template, options)?)
     }
+}
+
+fn is_unsupported(error: &retune_run::Error) -> bool {
+    matches!(error, retune_run::Error::Core(Error::Unsupported { .. }))
 }
 
 /// Returns the class names an adapter of a classifier was trained on, where its file says so.
