@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
-use retune_core::change::{Changes, Scope, WeightChange};
+use retune_core::change::{Changes, Scope, SiteView, StateChange, WeightChange};
 use retune_core::kernels::matrix::PackedMatrix;
 use retune_core::kernels::{linear, linear_frozen, linear_low_rank};
 use retune_core::method::{Card, FileTensors, Method, MethodPlan, PlannedParameter, Promises};
@@ -281,6 +281,15 @@ impl Lora {
             let divisor = if o.rslora { (rank as f64).sqrt() } else { rank as f64 };
             let pair = Pair { weight, rank, scale: alpha / divisor };
             self.check_start(&pair)?;
+            if o.dora && o.lora_bias {
+                return Err(Error::Setting {
+                    setting: "method.lora.lora_bias".to_owned(),
+                    what: "not for DoRA, whose lengths are of the weight alone".to_owned(),
+                    expected: "one of `dora` and `lora_bias`".to_owned(),
+                    found: "both".to_owned(),
+                    help: "set one of them to false".to_owned(),
+                });
+            }
             pairs.push(pair);
         }
         Ok(pairs)
@@ -497,7 +506,7 @@ impl Method for Lora {
             "rank = 2\ninit = \"pissa\"",
             "rank = 2\ninit = \"olora\"\nfreeze_first = true\nrslora = true",
             "rank = 2\ninit = \"gaussian\"\nrate_ratio = 4.0",
-            "rank = 2\ninit = \"orthogonal\"\nlayers = [1]",
+            "rank = 2\ninit = \"orthogonal\"\nlora_bias = true",
             "rank = 2\ninit = \"mica\"\nexclude = [\"down_proj\", \"c_proj\"]",
             "rank = 2\ndora = true\ndropout = 0.1",
             "rank = 3\nrslora = true\nbias = \"all\"\nlayers = [1]",
@@ -523,6 +532,7 @@ impl Method for Lora {
         let spec = Arc::clone(weights.spec());
         let mut changes = Changes::default();
         let pairs = self.pairs(&spec)?;
+        let mut biases = Vec::new();
         for (index, pair) in pairs.iter().enumerate() {
             let mut random = stream(seed, index as u64);
             let [rows, columns] = pair.weight.matrix();
@@ -574,6 +584,9 @@ impl Method for Lora {
             } else {
                 None
             };
+            if let Some(value) = bias {
+                biases.push((pair.weight.module(), FactorBias { value, rows, scale: pair.scale }));
+            }
             parameters.get_mut(b).rate_factor = self.options.rate_ratio;
             for id in start.iter().flat_map(|(a, b)| [*a, *b]) {
                 parameters.get_mut(id).saved = false;
@@ -584,7 +597,6 @@ impl Method for Lora {
                     a,
                     b,
                     start,
-                    bias,
                     magnitude,
                     rank: pair.rank,
                     rows,
@@ -597,6 +609,15 @@ impl Method for Lora {
         }
         for (name, weight) in self.whole(&spec, &pairs)? {
             replacement::attach(&name, weight, weights, parameters, &mut changes)?;
+        }
+        // Behind those that train whole, which would take the place of what is added before them.
+        for (module, change) in biases {
+            let own = format!("{module}.bias");
+            if spec.weight(&own).is_some() {
+                changes.change_weight(own, change);
+            } else {
+                changes.change_output(module, change);
+            }
         }
         Ok(changes)
     }
@@ -709,7 +730,6 @@ struct LowRank {
     b: ParameterId,
     /// The factors as they began; their product is taken off.
     start: Option<(ParameterId, ParameterId)>,
-    bias: Option<ParameterId>,
     magnitude: Option<ParameterId>,
     rank: usize,
     rows: usize,
@@ -760,8 +780,7 @@ impl LowRank {
 impl WeightChange for LowRank {
     fn parameters(&self) -> Vec<ParameterId> {
         let start = self.start.into_iter().flat_map(|(a, b)| [a, b]);
-        let others = [self.bias, self.magnitude].into_iter().flatten();
-        [self.a, self.b].into_iter().chain(start).chain(others).collect()
+        [self.a, self.b].into_iter().chain(start).chain(self.magnitude).collect()
     }
 
     fn materialize(&self, base: Tensor<2>, scope: &Scope<'_>) -> Tensor<2> {
@@ -780,22 +799,13 @@ impl WeightChange for LowRank {
         scope: &mut Scope<'_>,
     ) -> Option<Tensor<2>> {
         let (a, b) = self.factors(scope);
-        let added = self.bias.map(|id| scope.tensor::<1>(id, [self.rows]).mul_scalar(self.scale));
         let dropped = scope.trains() && self.dropout > 0.0;
         let direction = self.direction_scale(base, scope);
         if !dropped && direction.is_none() {
-            let bias = match (bias.cloned(), added) {
-                (Some(bias), Some(added)) => Some(bias + added),
-                (bias, added) => bias.or(added),
-            };
-            return Some(linear_low_rank(x.clone(), base, bias, a, b, self.scale));
+            return Some(linear_low_rank(x.clone(), base, bias.cloned(), a, b, self.scale));
         }
         let input = scope.dropout(x.clone(), self.dropout);
         let low = linear(linear(input, a, None), b, None).mul_scalar(self.scale);
-        let low = match added {
-            Some(added) => low + added.reshape([1, self.rows]),
-            None => low,
-        };
         let plain = linear_frozen(x.clone(), base, None);
         let y = match direction {
             Some(direction) => (plain + low) * direction.reshape([1, self.rows]),
@@ -823,6 +833,40 @@ impl WeightChange for LowRank {
             None => low,
         };
         Some(low.mul_scalar(self.scale))
+    }
+}
+
+/// The bias of a change's second factor, which becomes part of the layer's own where it has one.
+#[derive(Debug)]
+struct FactorBias {
+    value: ParameterId,
+    rows: usize,
+    scale: f64,
+}
+
+impl FactorBias {
+    fn added(&self, scope: &Scope<'_>) -> Tensor<1> {
+        scope.tensor::<1>(self.value, [self.rows]).mul_scalar(self.scale)
+    }
+}
+
+impl WeightChange for FactorBias {
+    fn parameters(&self) -> Vec<ParameterId> {
+        vec![self.value]
+    }
+
+    fn materialize(&self, base: Tensor<2>, scope: &Scope<'_>) -> Tensor<2> {
+        base + self.added(scope).reshape([self.rows, 1])
+    }
+}
+
+impl StateChange for FactorBias {
+    fn parameters(&self) -> Vec<ParameterId> {
+        vec![self.value]
+    }
+
+    fn apply(&self, x: Tensor<2>, _at: &SiteView<'_>, scope: &mut Scope<'_>) -> Tensor<2> {
+        x + self.added(scope).reshape([1, self.rows])
     }
 }
 

@@ -44,6 +44,8 @@ const METHODS: &[&str] = &[
     "autopeft",
     "compacter",
     "unipelt",
+    "loretta-adp",
+    "adapter-fusion",
 ];
 
 /// Methods whose change of a token looks at later tokens of its text.
@@ -243,4 +245,61 @@ fn what_is_saved_computes_what_was_trained() {
         let written = Adapter::collect(&*again.method, spec, &again.parameters, None).unwrap();
         assert_eq!((written.config, written.tensors), (read.config, read.tensors), "{what}");
     });
+}
+
+/// Adapters that were trained before come from their folders, stay as they are, and lie in the file
+/// beside what was learned over them.
+#[test]
+fn adapters_of_two_folders_are_fused() {
+    let config = &configs().into_iter().find(|(name, _)| *name == "llama").unwrap().1;
+    let home = tempfile::tempdir().unwrap();
+    let mut folders = Vec::new();
+    for size in [3, 4] {
+        let rows = format!("[[modules]]\nsize = {size}\ninsertion = 'sequential'");
+        let tiny = Tiny::new(config, method("unified-view", &rows));
+        let spec = tiny.model.spec();
+        let folder = home.path().join(size.to_string());
+        let adapter = Adapter::collect(&*tiny.method, spec, &tiny.parameters, None).unwrap();
+        adapter.write(&folder, "card").unwrap();
+        folders.push((folder, adapter.tensors));
+    }
+    let [one, two] = [0, 1].map(|place| folders[place].0.display().to_string());
+    let fused =
+        Tiny::new(config, method("adapter-fusion", &format!("adapters = ['{one}', '{two}']")));
+    let spec = fused.model.spec();
+    // Query with its bias, key and value in every layer.
+    let trains = spec.num_layers * (3 * spec.width * spec.width + spec.width);
+    assert_eq!(fused.parameters.num_trainable(), trains);
+    for (place, (_, tensors)) in folders.iter().enumerate() {
+        for (name, (shape, values)) in tensors {
+            let own = name.strip_prefix("base_model.model.").unwrap();
+            let here = format!("base_model.model.fusion.adapters.{place}.{own}");
+            let id = fused.parameters.find(&here).unwrap();
+            assert_eq!(
+                (&fused.parameters.get(id).shape, &fused.parameters.values(id)),
+                (shape, values)
+            );
+        }
+    }
+    let batch = Batch::new(&documents()).unwrap();
+    let base = Tiny::new(config, method("adapter-fusion", "")).outputs(&batch, None);
+    let found = fused.outputs(&batch, None);
+    assert_ne!(found, base);
+    let folder = home.path().join("fused");
+    let adapter = Adapter::collect(&*fused.method, spec, &fused.parameters, None).unwrap();
+    adapter.write(&folder, "card").unwrap();
+    for (folder, _) in &folders {
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+    let read = Adapter::read(&folder).unwrap();
+    let (model, weights) = open(config);
+    let mut parameters = Parameters::new(&Device::flex());
+    let loaded = read.method().unwrap();
+    let changes = loaded.attach(&weights, &mut parameters, Seed(99)).unwrap();
+    read.fill(&folder, &mut parameters).unwrap();
+    let again = Tiny { model, weights, changes, parameters, method: loaded };
+    assert_eq!(again.outputs(&batch, None), found);
+    let refused = method("adapter-fusion", &format!("adapters = ['{one}', '{two}']"));
+    let error = refused.plan(again.model.spec()).unwrap_err().to_string();
+    assert!(error.contains(&one), "{error}");
 }
