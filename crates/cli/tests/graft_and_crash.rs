@@ -47,7 +47,7 @@ fn recipe(folder: &Path, name: &str, model: &str, method: &str) -> String {
     let file = format!("{name}.toml");
     let text = format!(
         "model = \"{model}\"\n[data]\ntrain = \"rows.jsonl\"\nvalidation_fraction = 0.25\n\
-         {method}\n[train]\nsteps = 6\nbatch_size = 4\nlearning_rate = 3e-3\n"
+         {method}\n[train]\nsteps = 2\nbatch_size = 4\nlearning_rate = 3e-3\n[evaluate]\nbefore = false\n"
     );
     std::fs::write(folder.join(&file), text).unwrap();
     file
