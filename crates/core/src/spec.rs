@@ -288,7 +288,7 @@ mod tests {
     fn patches_keep_channels_apart() {
         let image = ImageSpec { channels: 2, size: [2, 4], patch: [2, 2] };
         // Channel 0 holds 0 to 7, channel 1 holds 10 to 17, row by row.
-        let values: Vec<f32> = (0..8).chain(10..18).map(|v: u8| f32::from(v)).collect();
+        let values: Vec<f32> = (0..8_u8).chain(10..18).map(f32::from).collect();
         let patches = [[0., 1., 4., 5., 10., 11., 14., 15.], [2., 3., 6., 7., 12., 13., 16., 17.]];
         assert_eq!(image.patches(&values), patches.concat());
         assert_eq!((image.num_tokens(), image.patch_values(), image.num_values()), (3, 8, 16));

@@ -62,10 +62,10 @@ pub fn image_configs() -> Vec<(&'static str, Value)> {
     let mut vit = json!({"architectures": ["ViTForImageClassification"], "model_type": "vit",
         "id2label": {"0": "a", "1": "b", "2": "c"}});
     merge(&mut vit, vision.clone());
-    let text = json!({"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1,
+    let text = json!({"hidden_size": 8, "intermediate_size": 24, "num_hidden_layers": 1,
         "num_attention_heads": 2, "vocab_size": 32, "max_position_embeddings": 16,
         "eos_token_id": 31});
-    let clip = json!({"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 10,
+    let clip = json!({"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 16,
         "vision_config": vision, "text_config": text});
     vec![("vit classes", vit), ("clip", clip)]
 }
