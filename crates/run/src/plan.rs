@@ -9,7 +9,7 @@ use crate::recipe::{ArithmeticName, Recipe};
 use crate::rows::Splits;
 use retune_core::kernels::matrix::Arithmetic;
 use retune_core::method::MethodPlan;
-use retune_core::spec::{Head, ModelSpec};
+use retune_core::spec::{Head, ModelSpec, WeightSpec};
 use retune_data::statistics::Statistics;
 
 /// Everything decided before step 1.
@@ -279,7 +279,7 @@ fn forecast(
     let training_bytes = trainable * (8 + recipe.train.optimizer().state_bytes_per_value() as u64);
     let tokens = tokens_per_pass(recipe, statistics);
     let recompute = recipe.train.recompute;
-    let activation_bytes = activation_bytes(spec, tokens, recompute);
+    let activation_bytes = activation_bytes(spec, method, tokens, recompute);
     let linear: f64 = spec.linears().map(|weight| weight.count() as f64).sum();
     let head = match &spec.head {
         Head::Language { weight, .. } if spec.weight(weight).is_some_and(|w| !w.is_linear()) => {
@@ -308,15 +308,35 @@ fn forecast(
 /// Per block and token: what both norms read, queries, keys, values and output of attention, and
 /// both halves of the gate; what linear layers read behind them is computed again. With
 /// recomputation, one width per block and one block in full.
-fn activation_bytes(spec: &ModelSpec, tokens: u64, recompute: bool) -> u64 {
+fn activation_bytes(spec: &ModelSpec, method: &MethodPlan, tokens: u64, recompute: bool) -> u64 {
     let heads = (spec.num_heads * spec.head_width) as u64;
     let keys = (spec.num_key_heads * spec.head_width) as u64;
     let width = spec.width as u64;
     let inner = spec.inner_width as u64;
     let block = 2 * width + 2 * heads + 2 * keys + 2 * inner;
     let layers = spec.num_layers as u64;
-    let kept = if recompute { layers * width + block } else { layers * block };
+    let scaled = scaled_outputs(spec, method);
+    let kept = if recompute {
+        layers * width + block + scaled.div_ceil(layers.max(1))
+    } else {
+        layers * block + scaled
+    };
     4 * tokens * (kept + 6 * width)
+}
+
+/// Counts the outputs a token has in linear layers of which each is multiplied by a number that
+/// trains: the gradient of that number needs the output as it was before.
+fn scaled_outputs(spec: &ModelSpec, method: &MethodPlan) -> u64 {
+    let is_scaled = |weight: &&WeightSpec| {
+        let [rows, columns] = weight.matrix();
+        columns > 1
+            && method.parameters.iter().any(|planned| {
+                planned.trains
+                    && planned.place == weight.name
+                    && planned.shape.iter().product::<usize>() == rows
+            })
+    };
+    spec.linears().filter(is_scaled).map(|weight| weight.matrix()[0] as u64).sum()
 }
 
 /// Switches recomputation on where that is what it takes, or refuses.
@@ -333,7 +353,7 @@ fn fit(
         return Ok(forecast);
     }
     let tokens = tokens_per_pass(recipe, statistics);
-    let smaller = activation_bytes(spec, tokens, true);
+    let smaller = activation_bytes(spec, method, tokens, true);
     let with = Forecast {
         activation_bytes: smaller,
         total_bytes: forecast.total_bytes - forecast.activation_bytes + smaller,
