@@ -369,6 +369,7 @@ impl Parameters {
 
     /// Makes an empty list whose places follow those of this one, so that what is made in it can be
     /// [appended](Parameters::append) without its changes noticing.
+    #[must_use]
     pub fn continued(&self) -> Self {
         Self { device: self.device.clone(), first: self.first + self.list.len(), list: Vec::new() }
     }
@@ -397,6 +398,7 @@ impl Parameters {
 
     /// Takes a part out as a list of its own, whose places begin at 0 and whose names are those it
     /// was made with.
+    #[must_use = "what is taken out must be put back"]
     pub fn take_part(&mut self, part: &str) -> Self {
         let mut list: Vec<Parameter> = self.list.drain(self.part(part)).collect();
         for parameter in &mut list {

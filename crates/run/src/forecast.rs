@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::open::Opened;
 use crate::recipe::{Recipe, WeightsName};
 use retune_core::method::MethodPlan;
-use retune_core::spec::{Head, ModelSpec};
+use retune_core::spec::{Head, ModelSpec, WeightSpec};
 use retune_evaluate::generate::Generation;
 
 /// What a run is expected to take.
@@ -126,7 +126,7 @@ impl Forecaster<'_> {
         let state = self.recipe.train.optimizer().state_bytes_per_value() as u64;
         let training_bytes = self.method.num_trainable() as u64 * (8 + state);
         let tokens = self.training_tokens(choice);
-        let activation_bytes = activation_bytes(spec, tokens, choice.recompute);
+        let activation_bytes = activation_bytes(spec, self.method, tokens, choice.recompute);
         let evaluation_bytes = self.evaluation_bytes(choice);
         // Measuring happens before and after the steps, in the memory their activations leave.
         let passing = activation_bytes.max(evaluation_bytes);
@@ -302,15 +302,35 @@ fn weights_setting(weights: WeightsName) -> String {
 /// Per block and token: what both norms read, queries, keys, values and output of attention, and
 /// both halves of the gate; what linear layers read behind them is computed again. With
 /// recomputation, one width per block and one block in full.
-fn activation_bytes(spec: &ModelSpec, tokens: u64, recompute: bool) -> u64 {
+fn activation_bytes(spec: &ModelSpec, method: &MethodPlan, tokens: u64, recompute: bool) -> u64 {
     let heads = (spec.num_heads * spec.head_width) as u64;
     let keys = (spec.num_key_heads * spec.head_width) as u64;
     let width = spec.width as u64;
     let inner = spec.inner_width as u64;
     let block = 2 * width + 2 * heads + 2 * keys + 2 * inner;
     let layers = spec.num_layers as u64;
-    let kept = if recompute { layers * width + block } else { layers * block };
+    let scaled = scaled_outputs(spec, method);
+    let kept = if recompute {
+        layers * width + block + scaled.div_ceil(layers.max(1))
+    } else {
+        layers * block + scaled
+    };
     4 * tokens * (kept + 6 * width)
+}
+
+/// Counts the outputs a token has in linear layers of which each is multiplied by a number that
+/// trains: the gradient of that number needs the output as it was before.
+fn scaled_outputs(spec: &ModelSpec, method: &MethodPlan) -> u64 {
+    let is_scaled = |weight: &&WeightSpec| {
+        let [rows, columns] = weight.matrix();
+        columns > 1
+            && method.parameters.iter().any(|planned| {
+                planned.trains
+                    && planned.place == weight.name
+                    && planned.shape.iter().product::<usize>() == rows
+            })
+    };
+    spec.linears().filter(is_scaled).map(|weight| weight.matrix()[0] as u64).sum()
 }
 
 /// Writes a number of bytes as MiB, rounded up.
