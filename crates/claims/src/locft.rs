@@ -154,8 +154,7 @@ fn prove(_clock: Clock) -> Result<Proof> {
         proof.notes.push(
             "The two last figures hang on how the store learned. After 60 passes at a rate that falls \
              to 0, tried too, 0.255 to 0.315 more was kept on every seed, while blocks 0, 1 and 2 \
-             reached 0.843, 0.962 and 0.995 in the other wording: longer learning makes the two \
-             wordings one."
+             reached 0.843, 0.962 and 0.995 in the other wording."
                 .to_owned(),
         );
     }
