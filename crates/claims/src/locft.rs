@@ -23,7 +23,8 @@ pub(crate) const CLAIM: Claim = Claim {
              over all edits again and again in mini-batches; depth first, one edit after another, it \
              loses both.",
     run: "A store of 2400 facts (400 subjects, 6 relations in 2 wordings, 120 objects) in a residual \
-          perceptron of 3 blocks (64, 256 inside), learned in both wordings; 200 facts get another \
+          perceptron of 3 blocks (64, 256 inside), learned in both wordings for up to 100 passes at a \
+          constant 2e-3; 200 facts get another \
           object by training one narrowing matrix in the first wording: Adam at a constant 2e-3, 25 \
           passes, or 25 steps for each edit or batch, each with a new Adam; a batch whose loss is \
           below 0.01 moves nothing. Three seeds.",
@@ -149,6 +150,14 @@ fn prove(_clock: Clock) -> Result<Proof> {
         format!("blocks 0, 1, 2: {}", each(&places)),
         spread >= 0.3,
     );
+    if gains.iter().any(|gain| *gain < 0.2) {
+        proof.notes.push(
+            "The two last figures hang on how the store learned. After 60 passes at a rate that falls \
+             to 0, tried too, 0.255 to 0.315 more was kept on every seed, while blocks 0, 1 and 2 \
+             reached 0.843, 0.962 and 0.995 in the other wording."
+                .to_owned(),
+        );
+    }
     Ok(proof)
 }
 
@@ -200,7 +209,7 @@ fn store(seed: Seed) -> Result<(Lab, Rows)> {
         rows.paraphrases.push(add(*fact, 1, other));
     }
     let mut lab = Lab::new(Store::new(), documents, seed);
-    // To 100 % and no further.
+    // No further than to 100 %.
     for round in 0..ROUNDS {
         let pace = Pace::passes(2, rows.facts.len(), 100, 2e-3).constant();
         lab.pretrain(&rows.facts, pace, Seed(seed.0 + 10_000 * round))?;

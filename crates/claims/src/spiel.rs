@@ -101,6 +101,14 @@ fn prove(_clock: Clock) -> Result<Proof> {
         each(&ag.recalls),
         ag.recalls.iter().all(|recall| *recall >= 0.3),
     );
+    if ag.recalls.iter().any(|recall| *recall < 0.3) {
+        proof.notes.push(
+            "How many moved entries are found hangs on the scale of the random weights, which the \
+             proof this follows does not give: at variance 2 / inputs, tried too, it was 0.197, 0.355 \
+             and 0.241. Errors stay in the order that is claimed at both."
+                .to_owned(),
+        );
+    }
     proof.notes.push(
         "SM3 is barely better than chance here: its row and column momenta only see entries that \
          train already."
@@ -118,7 +126,7 @@ fn one_seed(seed: Seed, arms: &mut [Arm]) -> Result<f64> {
     let blank = Regression::new(Arc::clone(&inputs), vec![0.0; count * WIDTHS[2]].into(), &WIDTHS);
     let spec = retune_core::model::Model::spec(&blank);
     let mut base = Held::draw(spec, seed);
-    // Variance 1 / inputs: with it the untuned error is the 2.0 to 2.6 of the proof this follows.
+    // Variance 1 / inputs brings the untuned error near that of the proof this follows (2.0 to 2.6).
     base.values_mut().flatten().for_each(|value| *value *= std::f32::consts::FRAC_1_SQRT_2);
     let (truth, moved) = moved(&base, seed);
 

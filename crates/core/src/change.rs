@@ -163,12 +163,6 @@ pub trait WeightChange: Debug + Send + Sync {
         None
     }
 
-    /// Returns the parameter `[rows]` and its factor that the change adds to the product as a bias,
-    /// which no changed weight can hold.
-    fn added_bias(&self) -> Option<(ParameterId, f64)> {
-        None
-    }
-
     /// Computes the same where the base does not matter and is not read, and there is a faster way
     /// than [`WeightChange::materialize`].
     ///
@@ -509,11 +503,6 @@ impl Changes {
                 0 => "a change of the input that depends on the place in the text".to_owned(),
                 count => format!("a prompt of {count} virtual tokens, which are input"),
             });
-        }
-        for (name, changes) in &self.weights {
-            if changes.iter().any(|change| change.added_bias().is_some()) {
-                return Some(format!("a bias that a change of `{name}` adds beside it"));
-            }
         }
         let (layer, _) = self.attention.first_key_value()?;
         Some(format!("what attention of layer {layer} sees beside the text"))

@@ -289,12 +289,7 @@ impl<'a> Pass<'a> {
             self.scope.set_draws(mark);
         }
         let weight = self.changes.materialize(&name, self.weights, &self.scope)?;
-        let rows = weight.dims()[0];
-        let y = kernels::linear_in(self.weights.packing().arithmetic, x, weight, bias);
-        let added = changes.iter().filter_map(|change| change.added_bias());
-        Ok(added.fold(y, |y, (id, factor)| {
-            y + self.scope.tensor::<2>(id, [1, rows]).mul_scalar(factor)
-        }))
+        Ok(kernels::linear_in(self.weights.packing().arithmetic, x, weight, bias))
     }
 
     /// Normalises by the root mean square; the gain is `offset + weight` (Gemma's offset is 1).

@@ -307,7 +307,7 @@ impl Method for Id3 {
             "budget = 5",
             "budget = 6\nexponent = 1.0\nunmasking = \"early\"",
             "budget = 6\nover = \"lora\"\nrank = 2",
-            "budget = 40\nunmasking = \"at-once\"\norder = \"random\"",
+            "budget = 6\nunmasking = \"at-once\"\norder = \"random\"",
         ]
     }
 

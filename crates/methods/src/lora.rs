@@ -817,22 +817,13 @@ impl WeightChange for LowRank {
         })
     }
 
-    fn added_bias(&self) -> Option<(ParameterId, f64)> {
-        self.bias.map(|id| (id, self.scale))
-    }
-
     fn addition(&self, x: &Tensor<2>, scope: &mut Scope<'_>) -> Option<Tensor<2>> {
         if self.magnitude.is_some() {
             return None;
         }
         let (a, b) = self.factors(scope);
         let input = scope.dropout(x.clone(), self.dropout);
-        let low = linear(linear(input, a, None), b, None);
-        let low = match self.bias {
-            Some(id) => low + scope.tensor::<2>(id, [1, self.rows]),
-            None => low,
-        };
-        Some(low.mul_scalar(self.scale))
+        Some(linear(linear(input, a, None), b, None).mul_scalar(self.scale))
     }
 }
 

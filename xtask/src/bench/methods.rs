@@ -168,7 +168,8 @@ mod tests {
 
     fn measured(tokens_per_second: f64) -> Measured {
         let (peak_bytes, forecast_bytes) = (100.0 * f64::from(1 << 20), 125.0 * f64::from(1 << 20));
-        Measured { tokens_per_second, peak_bytes, first_step_s: 1.0, forecast_bytes }
+        let (first_step_s, flops_per_step) = (1.0, 1.0);
+        Measured { tokens_per_second, peak_bytes, first_step_s, forecast_bytes, flops_per_step }
     }
 
     #[test]
