@@ -120,6 +120,10 @@ fn a_product_worked_out_by_hand() {
         let mut out = [0.0];
         multiply_with(kernel, blocks, 1, &[1.0; 32], 1, Start::Bias(&[2.0]), &mut out);
         assert!((out[0] - 250.0).abs() < 1e-4, "{kernel:?}: {}", out[0]);
+        // No rows on either side: nothing to do.
+        let none = Blocks { bytes: &[], ..blocks };
+        multiply_with(kernel, none, 0, &[1.0; 32], 1, Start::Zero, &mut []);
+        multiply_with(kernel, blocks, 1, &[], 0, Start::Zero, &mut []);
     }
 }
 
