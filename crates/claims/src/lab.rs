@@ -1,4 +1,4 @@
-//! Where proofs on pictures are made: a perceptron with its weights, training, accuracy.
+//! Where proofs are made: a small model with its weights and data, training, accuracy.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use retune_core::method::Method;
 use retune_core::model::{Model, Output, Tuned};
 use retune_core::parameters::{Parameters, to_vec};
 use retune_core::random::Seed;
-use retune_core::spec::{Kind, ModelSpec};
+use retune_core::spec::{Kind, ModelSpec, WeightSpec};
 use retune_core::weights::{Packing, Stored, WeightSource, Weights};
 use retune_methods::registry;
 use retune_train::optimizer::AdamW;
@@ -18,8 +18,7 @@ use retune_train::schedule::{Schedule, Shape};
 use retune_train::training::{BatchSource, Training, Walk};
 use tensor::Device;
 
-use crate::glyphs::Pictures;
-use crate::mlp::{INPUTS, Mlp};
+use crate::pictures::Pictures;
 use crate::{Error, Result};
 
 /// Weights by name, in their logical shape.
@@ -40,7 +39,7 @@ impl Held {
 
     /// Draws weights: matrices from `N(0, 2 / inputs)` (He et al., 2015), gains 1, biases 0.
     pub(crate) fn draw(spec: &ModelSpec, seed: Seed) -> Values {
-        let draw = |weight: &retune_core::spec::WeightSpec| {
+        let draw = |weight: &WeightSpec| {
             let [_, inputs] = weight.matrix();
             let mut values = vec![f32::from(u8::from(weight.kind == Kind::Norm)); weight.count()];
             if matches!(weight.kind, Kind::Linear { .. } | Kind::Embedding) {
@@ -90,8 +89,27 @@ pub(crate) struct Pace {
     pub(crate) num_steps: u64,
     /// Rows per step.
     pub(crate) batch: usize,
-    /// The highest learning rate; it falls in a straight line to 0.
+    /// The highest learning rate.
     pub(crate) rate: f64,
+    /// How it goes on.
+    pub(crate) shape: Shape,
+}
+
+impl Pace {
+    /// Goes `num_steps` steps, at a rate that falls in a straight line to 0.
+    pub(crate) const fn steps(num_steps: u64, batch: usize, rate: f64) -> Self {
+        Self { num_steps, batch, rate, shape: Shape::Linear }
+    }
+
+    /// Goes over `count` rows `passes` times; a last part of a batch is left out.
+    pub(crate) const fn passes(passes: usize, count: usize, batch: usize, rate: f64) -> Self {
+        Self::steps((passes * count / batch) as u64, batch, rate)
+    }
+
+    /// Keeps the rate as it is.
+    pub(crate) const fn constant(self) -> Self {
+        Self { shape: Shape::Constant, ..self }
+    }
 }
 
 /// What a tuning left.
@@ -105,21 +123,50 @@ pub(crate) struct Tuning {
     pub(crate) logits: Vec<f32>,
 }
 
-/// A perceptron with its weights and pictures.
+/// A model with its weights and data.
 #[derive(Debug)]
 pub(crate) struct Lab {
-    pub(crate) model: Mlp,
-    pictures: Pictures,
+    pub(crate) model: Box<dyn Model>,
+    documents: Vec<Document>,
+    /// What each token of each document should predict, where that is not the next one.
+    targets: Option<Vec<Vec<Option<u32>>>>,
     values: Values,
 }
 
 impl Lab {
-    /// Makes a perceptron with drawn weights.
-    pub(crate) fn new(pictures: Pictures, widths: &[usize], seed: Seed) -> Self {
-        let model = Mlp::new(pictures.len(), widths);
-        let mut values = Held::draw(model.spec(), seed);
-        values.insert(format!("{INPUTS}.weight"), pictures.pixels.clone());
-        Self { model, pictures, values }
+    /// Makes a lab with drawn weights; rows are places in `documents`.
+    pub(crate) fn new(model: impl Model + 'static, documents: Vec<Document>, seed: Seed) -> Self {
+        let values = Held::draw(model.spec(), seed);
+        Self { model: Box::new(model), documents, targets: None, values }
+    }
+
+    /// Says what each token of each document predicts: masked words at their own places.
+    pub(crate) fn with_targets(mut self, targets: Vec<Vec<Option<u32>>>) -> Self {
+        self.targets = Some(targets);
+        self
+    }
+
+    /// Makes a lab whose rows are pictures, read in as many tokens as the model has inputs for.
+    pub(crate) fn of_pictures(
+        model: impl Model + 'static,
+        pictures: &Pictures,
+        seed: Seed,
+    ) -> Self {
+        let length = model.spec().vocabulary / pictures.len();
+        let document = |(row, digit): (usize, &u32)| Document {
+            tokens: (0..length).map(|token| (row * length + token) as u32).collect(),
+            learn: vec![false; length],
+            class: Some(*digit),
+            row,
+            ..Document::default()
+        };
+        let documents = pictures.digits.iter().enumerate().map(document).collect();
+        Self::new(model, documents, seed)
+    }
+
+    /// Returns the weights.
+    pub(crate) fn values(&self) -> &Values {
+        &self.values
     }
 
     /// Replaces weights.
@@ -127,20 +174,14 @@ impl Lab {
         self.values.extend(values);
     }
 
-    fn weights(&self) -> Result<Weights> {
+    /// Opens the weights as they stand.
+    ///
+    /// # Errors
+    /// If they do not fit the model.
+    pub(crate) fn weights(&self) -> Result<Weights> {
         let spec = self.model.spec();
         let source = Arc::new(Held::new(spec, self.values.clone()));
         Ok(Weights::new(source, Arc::clone(spec), Packing::default(), &Device::flex())?)
-    }
-
-    fn document(&self, row: usize) -> Document {
-        Document {
-            tokens: vec![row as u32],
-            learn: vec![false],
-            class: Some(self.pictures.digits[row]),
-            row,
-            ..Document::default()
-        }
     }
 
     /// Tunes with a method on `rows`, and looks at the rows of `probe` with it in force.
@@ -155,31 +196,70 @@ impl Lab {
         seed: Seed,
         probe: &[usize],
     ) -> Result<Tuning> {
-        let weights = self.weights()?;
-        let mut batches = Shuffled { lab: self, rows, batch: pace.batch, seed };
-        let folder = tempfile::tempdir()?;
-        let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
-        let walk = walk(pace, seed, folder.path());
-        let mut training = Training::new(&self.model, &weights, method, Box::new(optimizer), walk)?;
-        training.walk(&mut batches, None, &mut Silent)?;
-        let tuned = training.tuned();
-        let spec = self.model.spec();
-        let learned = spec.weights.iter().filter(|weight| weight.module() != INPUTS);
-        let merged = learned
-            .map(|weight| Ok((weight.name.clone(), retune_run::export::merged(&tuned, weight)?)))
-            .collect::<Result<Values>>()?;
-        Ok(Tuning {
-            merged,
-            num_trained: training.parameters.num_trainable(),
-            logits: self.logits(&tuned, probe)?,
+        self.train(method, rows, pace, seed, |training| {
+            let tuned = training.tuned();
+            Ok(Tuning {
+                merged: self.merged(&tuned)?,
+                num_trained: training.parameters.num_trainable(),
+                logits: self.logits(&tuned, probe)?,
+            })
         })
     }
 
-    fn logits(&self, tuned: &Tuned<'_>, rows: &[usize]) -> Result<Vec<f32>> {
+    /// Trains all weights.
+    ///
+    /// # Errors
+    /// Those of training.
+    pub(crate) fn pretrain(&mut self, rows: &[usize], pace: Pace, seed: Seed) -> Result<()> {
+        self.values = self.tune(method("full", "")?, rows, pace, seed, &[])?.merged;
+        Ok(())
+    }
+
+    /// Tunes with a method on `rows`, and lets `look` see what became of it.
+    ///
+    /// # Errors
+    /// Those of the method, of training and of `look`.
+    pub(crate) fn train<T>(
+        &self,
+        method: Box<dyn Method>,
+        rows: &[usize],
+        pace: Pace,
+        seed: Seed,
+        look: impl FnOnce(&Training<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let weights = self.weights()?;
+        let mut batches = Shuffled::new(self, rows, pace.batch, seed);
+        let folder = tempfile::tempdir()?;
+        let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
+        let walk = walk(pace, seed, folder.path());
+        let model = self.model.as_ref();
+        let mut training = Training::new(model, &weights, method, Box::new(optimizer), walk)?;
+        training.walk(&mut batches, None, &mut Silent)?;
+        look(&training)
+    }
+
+    /// Works the changes into the weights.
+    ///
+    /// # Errors
+    /// If a change cannot be merged.
+    pub(crate) fn merged(&self, tuned: &Tuned<'_>) -> Result<Values> {
+        let weights = self.model.spec().weights.iter();
+        let merge = |weight: &WeightSpec| {
+            Ok((weight.name.clone(), retune_run::export::merged(tuned, weight)?))
+        };
+        weights.map(merge).collect()
+    }
+
+    /// Computes the class logits of `rows` with a method in force.
+    ///
+    /// # Errors
+    /// If the batch does not fit.
+    pub(crate) fn logits(&self, tuned: &Tuned<'_>, rows: &[usize]) -> Result<Vec<f32>> {
         if rows.is_empty() {
             return Ok(Vec::new());
         }
-        let documents: Vec<Document> = rows.iter().map(|row| self.document(*row)).collect();
+        let documents: Vec<Document> =
+            rows.iter().map(|row| self.documents[*row].clone()).collect();
         Ok(tuned.evaluate(&Batch::new(&documents)?, None, |_, output| {
             Ok(match output {
                 Output::Classes(rows) | Output::States(rows) | Output::Embeddings(rows) => {
@@ -196,26 +276,53 @@ impl Lab {
     pub(crate) fn scores(&self, rows: &[usize]) -> Result<Vec<f32>> {
         let weights = self.weights()?;
         let (changes, parameters) = (Changes::default(), Parameters::new(weights.device()));
-        let model = &self.model;
+        let model = self.model.as_ref();
         self.logits(
             &Tuned { model, weights: &weights, changes: &changes, parameters: &parameters },
             rows,
         )
     }
 
-    /// Returns the share of `rows` whose digit is found.
+    /// Returns the share of `rows` whose class is found.
     ///
     /// # Errors
     /// If the weights do not fit.
     pub(crate) fn accuracy(&self, rows: &[usize]) -> Result<f64> {
+        Ok(self.share_right(&self.scores(rows)?, rows))
+    }
+
+    /// Returns the share of `rows` whose class is found with a method in force, for what does not
+    /// merge.
+    ///
+    /// # Errors
+    /// If the batch does not fit.
+    pub(crate) fn accuracy_of(&self, tuned: &Tuned<'_>, rows: &[usize]) -> Result<f64> {
+        Ok(self.share_right(&self.logits(tuned, rows)?, rows))
+    }
+
+    /// Returns the mean cross-entropy of `rows`.
+    ///
+    /// # Errors
+    /// If the weights do not fit.
+    pub(crate) fn loss(&self, rows: &[usize]) -> Result<f64> {
         let logits = self.scores(rows)?;
         let classes = logits.len() / rows.len().max(1);
-        let right = logits
-            .chunks_exact(classes)
-            .zip(rows)
-            .filter(|(scores, row)| best(scores) == self.pictures.digits[**row] as usize)
-            .count();
-        Ok(right as f64 / rows.len() as f64)
+        let loss = |(scores, row): (&[f32], &usize)| {
+            let class = self.documents[*row].class.unwrap_or_default() as usize;
+            let sum: f64 = scores.iter().map(|s| f64::from(s - scores[class]).exp()).sum();
+            sum.ln()
+        };
+        let losses = logits.chunks_exact(classes.max(1)).zip(rows).map(loss);
+        Ok(losses.sum::<f64>() / rows.len() as f64)
+    }
+
+    fn share_right(&self, logits: &[f32], rows: &[usize]) -> f64 {
+        let classes = logits.len() / rows.len().max(1);
+        let right = |(scores, row): &(&[f32], &usize)| {
+            self.documents[**row].class == Some(best(scores) as u32)
+        };
+        let right = logits.chunks_exact(classes.max(1)).zip(rows).filter(right).count();
+        right as f64 / rows.len() as f64
     }
 }
 
@@ -226,12 +333,12 @@ fn best(scores: &[f32]) -> usize {
     (0..scores.len()).fold(0, better)
 }
 
-/// Makes a walk with a linear decay that saves at its end only.
+/// Makes a walk that saves at its end only.
 pub(crate) fn walk(pace: Pace, seed: Seed, checkpoints: &std::path::Path) -> Walk {
     Walk {
         num_steps: pace.num_steps,
         schedule: Schedule {
-            shape: Shape::Linear,
+            shape: pace.shape,
             peak: pace.rate,
             floor_frac: 0.0,
             warmup_steps: 0,
@@ -256,20 +363,45 @@ struct Shuffled<'a> {
     rows: &'a [usize],
     batch: usize,
     seed: Seed,
+    /// A pass and its order.
+    order: (usize, Vec<usize>),
+}
+
+impl<'a> Shuffled<'a> {
+    fn new(lab: &'a Lab, rows: &'a [usize], batch: usize, seed: Seed) -> Self {
+        let mut made = Self { lab, rows, batch, seed, order: (0, Vec::new()) };
+        made.turn(0);
+        made
+    }
+
+    fn turn(&mut self, pass: usize) {
+        let mut order = self.rows.to_vec();
+        self.seed.stream("order", &[pass as u64]).shuffle(&mut order);
+        self.order = (pass, order);
+    }
 }
 
 impl BatchSource for Shuffled<'_> {
     fn micro_batches(&mut self, step: u64) -> retune_train::Result<Vec<Batch>> {
         let count = self.rows.len();
         let first = step as usize * self.batch;
-        let documents: Vec<Document> = (first..first + self.batch)
-            .map(|place| {
-                let mut order: Vec<usize> = (0..count).collect();
-                self.seed.stream("order", &[(place / count) as u64]).shuffle(&mut order);
-                self.lab.document(self.rows[order[place % count]])
-            })
-            .collect();
-        Ok(vec![Batch::new(&documents)?])
+        let mut documents = Vec::with_capacity(self.batch);
+        let mut targets = Vec::new();
+        for place in first..first + self.batch {
+            if self.order.0 != place / count {
+                self.turn(place / count);
+            }
+            let row = self.order.1[place % count];
+            documents.push(self.lab.documents[row].clone());
+            if let Some(of_rows) = &self.lab.targets {
+                targets.extend(of_rows[row].iter().copied());
+            }
+        }
+        let mut batch = Batch::new(&documents)?;
+        if self.lab.targets.is_some() {
+            batch.targets = targets;
+        }
+        Ok(vec![batch])
     }
 
     fn epoch(&self, steps: u64) -> f64 {

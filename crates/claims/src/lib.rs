@@ -5,11 +5,12 @@
 //! what its paper or the retelling of it claims at this scale, and nothing is tuned until it fits.
 
 mod compeft;
+mod encoder;
 mod error;
-mod glyphs;
 mod lab;
 mod mlp;
 mod page;
+mod pictures;
 mod prefix_identity;
 mod ssf;
 mod survey;
@@ -33,8 +34,11 @@ pub struct Claim {
     /// Whether it takes seconds.
     pub quick: bool,
     /// Runs it.
-    pub prove: fn() -> Result<Proof>,
+    pub prove: fn(Clock) -> Result<Proof>,
 }
+
+/// Gives the seconds since some moment, for proofs that measure how long something takes.
+pub type Clock = fn() -> f64;
 
 /// What a proof found.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -72,6 +76,12 @@ impl Proof {
 
 /// All claims, by number.
 pub const CLAIMS: &[Claim] = &[survey::CLAIM, prefix_identity::CLAIM, ssf::CLAIM, compeft::CLAIM];
+
+/// Writes figures of several seeds, to three places.
+fn each(values: &[f64]) -> String {
+    let shown: Vec<String> = values.iter().map(|value| format!("{value:.3}")).collect();
+    shown.join(", ")
+}
 
 /// Returns the mean; not a number for no values.
 fn mean(values: &[f64]) -> f64 {

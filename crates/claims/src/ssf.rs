@@ -3,10 +3,12 @@
 use std::fmt::Write;
 
 use retune_core::random::Seed;
+use retune_train::schedule::Shape;
 
-use crate::glyphs::{DIGITS, PIXELS, Pictures};
 use crate::lab::{Lab, Pace, method};
-use crate::{Claim, Proof, Result, mean};
+use crate::mlp::Mlp;
+use crate::pictures::{DIGITS, PIXELS, Pictures};
+use crate::{Claim, Clock, Proof, Result, each, mean};
 
 /// The claim.
 pub(crate) const CLAIM: Claim = Claim {
@@ -16,13 +18,11 @@ pub(crate) const CLAIM: Claim = Claim {
              Efficient Model Tuning, 2022, arXiv 2210.08823",
     claims: "A scale and a shift of each channel behind every operation, with a new head, come \
              near full tuning, well above a linear probe, and fold into the weights afterwards.",
-    run: "Perceptron 64-64-64-64-64-10 pretrained on 900 drawn pictures of digits (20 passes); then \
-          tuned for 20 passes over 200 pictures seen through a gain exp(N(0, 0.7²)) and an offset \
-          N(0, 0.6²) of each pixel, batches of 16. SSF behind each hidden linear layer; the head \
-          trains too in every method. For each method the best of three rates on 200 validation \
-          rows, measured on 700; five seeds. Drawn 8 x 8 pictures stand in for scikit-learn's \
-          digits, the decay is a straight line in place of a cosine, and the input itself is not \
-          scaled.",
+    run: "Perceptron 64-64-64-64-64-10 pretrained on 900 scanned digits (20 passes); then tuned for 20 \
+          passes over 200 others seen through a gain exp(N(0, 0.7²)) and an offset N(0, 0.6²) of each \
+          pixel, batches of 16, cosine decay. SSF on the input and behind each hidden linear layer; \
+          the head trains too in every method. For each method the best of three rates on 200 \
+          validation rows, measured on the 497 left; five seeds.",
     quick: false,
     prove,
 };
@@ -30,13 +30,14 @@ pub(crate) const CLAIM: Claim = Claim {
 const NUM_SEEDS: u64 = 5;
 
 /// Each contestant: name, method, options, rates.
-const ARMS: [(&str, &str, &str, [f64; 3]); 3] = [
+const ARMS: [(&str, &str, &str, [f64; 3]); 4] = [
     ("linear probe", "full", "targets = ['head']", [1e-3, 5e-3, 2e-2]),
-    ("SSF", "ssf", "modules_to_save = ['head']\nplaces = 'linear'", [1e-3, 5e-3, 2e-2]),
-    ("full", "full", "freeze = ['inputs']", [3e-4, 1e-3, 3e-3]),
+    ("BitFit and head", "bitfit", "", [1e-3, 5e-3, 2e-2]),
+    ("SSF", "ssf", "modules_to_save = ['head']", [1e-3, 5e-3, 2e-2]),
+    ("full", "full", "", [3e-4, 1e-3, 3e-3]),
 ];
 
-fn prove() -> Result<Proof> {
+fn prove(_clock: Clock) -> Result<Proof> {
     let mut proof = Proof::default();
     let mut zero_shot = Vec::new();
     let mut found: Vec<Vec<f64>> = vec![Vec::new(); ARMS.len()];
@@ -44,23 +45,23 @@ fn prove() -> Result<Proof> {
     let mut worst_merge = 0.0_f64;
     for number in 0..NUM_SEEDS {
         let seed = Seed(300 + number);
-        let mut pictures = Pictures::draw(900, seed);
-        let others = Pictures::draw(1100, Seed(seed.0 + 1000));
-        pictures.extend(others.through_camera(0.7, 0.6, seed));
+        let clean = Pictures::digits(seed);
+        let count = clean.len();
+        let seen = clean.through_camera(0.7, 0.6, seed);
+        let pictures = clean.and(seen);
         let rows = |from: usize, to: usize| (from..to).collect::<Vec<usize>>();
-        let (clean, train) = (rows(0, 900), rows(900, 1100));
-        let (validation, test) = (rows(1100, 1300), rows(1300, 2000));
-        let mut lab = Lab::new(pictures, &[PIXELS, 64, 64, 64, 64, DIGITS], seed);
-        let pace = Pace { num_steps: 20 * 900 / 32, batch: 32, rate: 1e-3 };
-        let full = method("full", "freeze = ['inputs']")?;
-        let base = lab.tune(full, &clean, pace, seed, &[])?.merged;
-        lab.set(base.clone());
+        let (upstream, train) = (rows(0, 900), rows(count + 900, count + 1100));
+        let (validation, test) = (rows(count + 1100, count + 1300), rows(count + 1300, 2 * count));
+        let model = Mlp::new(pictures.table(), &[PIXELS, 64, 64, 64, 64, DIGITS]);
+        let mut lab = Lab::of_pictures(model.with_scaled_input(), &pictures, seed);
+        lab.pretrain(&upstream, Pace::passes(20, 900, 32, 1e-3), seed)?;
+        let base = lab.values().clone();
         zero_shot.push(lab.accuracy(&test)?);
         for (place, (name, kind, options, rates)) in ARMS.iter().enumerate() {
             let mut best = (f64::NEG_INFINITY, 0.0);
             for rate in rates {
                 lab.set(base.clone());
-                let pace = Pace { num_steps: 20 * 200 / 16, batch: 16, rate: *rate };
+                let pace = Pace { shape: Shape::Cosine, ..Pace::passes(20, 200, 16, *rate) };
                 let tuned = lab.tune(method(kind, options)?, &train, pace, seed, &validation)?;
                 lab.set(tuned.merged);
                 if *name == "SSF" {
@@ -92,7 +93,7 @@ fn prove() -> Result<Proof> {
             each(values)
         );
     }
-    let [probe, ssf, full] = &found[..] else { unreachable!("three arms") };
+    let [probe, _, ssf, full] = &found[..] else { unreachable!("four arms") };
     let gain = mean(ssf) - mean(probe);
     proof.assert(
         "SSF is above the linear probe by at least 0.03, on the mean",
@@ -116,17 +117,5 @@ fn prove() -> Result<Proof> {
         format!("at most {worst_merge:.1e}"),
         worst_merge < 1e-4,
     );
-    if gap.abs() > 0.015 {
-        proof.notes.push(
-            "The proof it follows also scales and shifts the input, which alone could take a \
-             camera's gain and offset back; SSF here reaches operations of the model only."
-                .to_owned(),
-        );
-    }
     Ok(proof)
-}
-
-fn each(values: &[f64]) -> String {
-    let shown: Vec<String> = values.iter().map(|value| format!("{value:.3}")).collect();
-    shown.join(", ")
 }

@@ -5,7 +5,8 @@ use retune_claims::CLAIMS;
 #[test]
 fn quick_claims_hold() {
     for claim in CLAIMS.iter().filter(|claim| claim.quick) {
-        let proof = (claim.prove)().unwrap_or_else(|error| panic!("{}: {error}", claim.name));
+        // Nothing a quick proof asserts may hang on a time.
+        let proof = (claim.prove)(|| 0.0).unwrap_or_else(|error| panic!("{}: {error}", claim.name));
         let wrong: Vec<String> = proof
             .assertions
             .iter()

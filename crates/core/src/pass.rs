@@ -316,6 +316,16 @@ impl<'a> Pass<'a> {
         if let Some(scale) = scale {
             x = x.mul_scalar(scale);
         }
+        Ok(self.lay_virtual(x))
+    }
+
+    /// Runs the input changes over the states of the batch's tokens, and lays virtual tokens before
+    /// each document; for models whose tokens are no rows of a table.
+    ///
+    /// # Shapes
+    /// - `x`: `[tokens, width]`
+    /// - returns: `[states, width]`
+    pub fn lay_virtual(&mut self, mut x: Tensor<2>) -> Tensor<2> {
         let begun = self.cache.as_ref().map_or(0, |cache| cache.num_documents());
         let tasks = self.batch.tasks.as_deref();
         let view = InputView {
@@ -331,9 +341,9 @@ impl<'a> Pass<'a> {
                 prompts.extend(change.virtual_tokens(new, &view, &mut self.scope));
             }
         }
-        let Some(rows) = self.layout.gather() else { return Ok(x) };
+        let Some(rows) = self.layout.gather() else { return x };
         let prompts = documents_together(prompts, new);
-        Ok(select(Tensor::cat(vec![prompts, x], 0), &rows))
+        select(Tensor::cat(vec![prompts, x], 0), &rows)
     }
 
     /// Rotates the heads of `x` by the positions of the batch.

@@ -32,7 +32,7 @@ pub(crate) fn claims(
         if !json {
             eprintln!("{:02} {} …", claim.number, claim.name);
         }
-        match (claim.prove)() {
+        match (claim.prove)(clock) {
             Ok(proof) => {
                 let took = clock() - started;
                 if json {

@@ -1,0 +1,208 @@
+//! A small transformer that sees whole documents: rows of a picture, or words.
+
+use std::sync::Arc;
+
+use retune_core::Result;
+use retune_core::kernels::{Activation, AttentionOptions, gated};
+use retune_core::model::{Model, Output};
+use retune_core::pass::Pass;
+use retune_core::site::{Site, Sublayer};
+use retune_core::spec::{Head, Kind, ModelSpec, Role, WeightSpec};
+use serde_json::Value;
+use tensor::Tensor;
+
+use crate::mlp::Inputs;
+use crate::pictures::{DIGITS, SIDE};
+
+const EPSILON: f64 = 1e-6;
+
+/// What an [`Encoder`] reads.
+#[derive(Debug, Clone)]
+pub(crate) enum Tokens {
+    /// Rows of numbers, projected to the model's width.
+    Rows(Inputs),
+    /// Words of a vocabulary of this size, embedded.
+    Words(usize),
+}
+
+/// Sizes of an [`Encoder`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sizes {
+    /// Width of the residual stream.
+    pub(crate) width: usize,
+    /// Number of blocks.
+    pub(crate) num_layers: usize,
+    /// Number of heads.
+    pub(crate) num_heads: usize,
+    /// Width inside the feed-forward network.
+    pub(crate) inner_width: usize,
+}
+
+impl Sizes {
+    /// Gives a feed-forward network twice as wide as the model, and heads of 8 or 16.
+    pub(crate) fn of(width: usize, num_layers: usize) -> Self {
+        Self { width, num_layers, num_heads: 4, inner_width: 2 * width }
+    }
+}
+
+/// Pre-norm blocks as in Llama (SwiGLU, norms without biases), learned positions, every token sees
+/// every other.
+///
+/// Its head reads the mean over a document's tokens, and documents are all as long as the first;
+/// or it predicts words, each at its own place.
+#[derive(Debug)]
+pub(crate) struct Encoder {
+    spec: Arc<ModelSpec>,
+    tokens: Tokens,
+    attention: AttentionOptions,
+}
+
+impl Encoder {
+    /// Makes the model for 8 x 8 pictures whose rows are tokens.
+    pub(crate) fn of_pictures(pixels: Arc<[f32]>, sizes: Sizes) -> Self {
+        Self::new(Tokens::Rows(Inputs::new(pixels, SIDE)), SIDE, sizes, Some(DIGITS))
+    }
+
+    /// Makes a model of documents up to `length` tokens; without classes it predicts words.
+    pub(crate) fn new(tokens: Tokens, length: usize, sizes: Sizes, classes: Option<usize>) -> Self {
+        let Sizes { width, num_layers, num_heads, inner_width } = sizes;
+        let mut weights = Vec::new();
+        let mut add = |name: &str, shape: &[usize], kind, role, layer| {
+            weights.push(WeightSpec {
+                name: name.to_owned(),
+                shape: shape.to_vec(),
+                kind,
+                role,
+                layer,
+            });
+        };
+        let linear = Kind::Linear { transposed: false };
+        let vocabulary = match &tokens {
+            Tokens::Rows(rows) => {
+                add("rows.weight", &[width, rows.width()], linear, Role::Embedding, None);
+                add("rows.bias", &[width], Kind::Bias, Role::Embedding, None);
+                rows.len()
+            }
+            Tokens::Words(count) => {
+                add("words.weight", &[*count, width], Kind::Embedding, Role::Embedding, None);
+                *count
+            }
+        };
+        add("positions.weight", &[length, width], Kind::Embedding, Role::Position, None);
+        for index in 0..num_layers {
+            let mut add = |name: &str, shape: &[usize], kind, role| {
+                add(&format!("layers.{index}.{name}.weight"), shape, kind, role, Some(index));
+            };
+            let square = [width, width];
+            add("input_layernorm", &[width], Kind::Norm, Role::Norm);
+            add("self_attn.q_proj", &square, linear, Role::Query);
+            add("self_attn.k_proj", &square, linear, Role::Key);
+            add("self_attn.v_proj", &square, linear, Role::Value);
+            add("self_attn.o_proj", &square, linear, Role::AttentionOutput);
+            add("post_attention_layernorm", &[width], Kind::Norm, Role::Norm);
+            add("mlp.gate_proj", &[inner_width, width], linear, Role::Gate);
+            add("mlp.up_proj", &[inner_width, width], linear, Role::Up);
+            add("mlp.down_proj", &[width, inner_width], linear, Role::Down);
+        }
+        add("norm.weight", &[width], Kind::Norm, Role::Norm, None);
+        let outputs = classes.unwrap_or(vocabulary);
+        add("head.weight", &[outputs, width], linear, Role::Head, None);
+        let head = match classes {
+            None => Head::Language { weight: "head.weight".to_owned(), bias: None, soft_cap: None },
+            Some(classes) => {
+                add("head.bias", &[classes], Kind::Bias, Role::Head, None);
+                Head::Classes { labels: (0..classes).map(|class| class.to_string()).collect() }
+            }
+        };
+        let head_width = width / num_heads;
+        let spec = ModelSpec {
+            architecture: "encoder".to_owned(),
+            class: "Encoder".to_owned(),
+            num_layers,
+            width,
+            inner_width,
+            num_heads,
+            num_key_heads: num_heads,
+            head_width,
+            vocabulary,
+            // Only words have positions; room for what a method lays before them.
+            max_positions: length + 1024,
+            causal: false,
+            weights,
+            head,
+            config: Value::Null,
+        };
+        let attention = AttentionOptions {
+            causal: false,
+            ..AttentionOptions::causal(num_heads, num_heads, head_width)
+        };
+        Self { spec: Arc::new(spec), tokens, attention }
+    }
+
+    /// Says that the head is no new one, so that methods do not train it beside what they change.
+    pub(crate) fn with_known_head(mut self) -> Self {
+        for weight in &mut Arc::make_mut(&mut self.spec).weights {
+            if weight.role == Role::Head {
+                weight.role = Role::Pooler;
+            }
+        }
+        self
+    }
+}
+
+impl Model for Encoder {
+    fn spec(&self) -> &Arc<ModelSpec> {
+        &self.spec
+    }
+
+    fn embed(&self, pass: &mut Pass<'_>) -> Result<Tensor<2>> {
+        let batch = pass.batch();
+        let x = match &self.tokens {
+            Tokens::Rows(inputs) => {
+                let rows = inputs.read(pass);
+                pass.linear("rows", rows)?
+            }
+            Tokens::Words(_) => pass.embed("words", &batch.tokens)?,
+        };
+        // Positions are those of the document: what a method lays before it must not move them.
+        let positions: Vec<u32> = batch.positions.iter().map(|place| *place as u32).collect();
+        let x = x + pass.embed("positions", &positions)?;
+        Ok(pass.lay_virtual(x))
+    }
+
+    fn layer(&self, pass: &mut Pass<'_>, index: usize, x: Tensor<2>) -> Result<Tensor<2>> {
+        let block = format!("layers.{index}");
+        let h = pass.rms_norm(&format!("{block}.input_layernorm"), x.clone(), EPSILON, 0.0)?;
+        let h = pass.sublayer(index, Sublayer::Attention, h, |pass, h| {
+            let q = pass.linear(&format!("{block}.self_attn.q_proj"), h.clone())?;
+            let k = pass.linear(&format!("{block}.self_attn.k_proj"), h.clone())?;
+            let v = pass.linear(&format!("{block}.self_attn.v_proj"), h)?;
+            let heads = pass.attention(index, q, k, v, &self.attention);
+            let heads = pass.at(Site::Heads(index, Sublayer::Attention), heads);
+            pass.linear(&format!("{block}.self_attn.o_proj"), heads)
+        })?;
+        let x = x + h;
+        let norm = format!("{block}.post_attention_layernorm");
+        let h = pass.rms_norm(&norm, x.clone(), EPSILON, 0.0)?;
+        let h = pass.sublayer(index, Sublayer::FeedForward, h, |pass, h| {
+            let gate = pass.linear(&format!("{block}.mlp.gate_proj"), h.clone())?;
+            let up = pass.linear(&format!("{block}.mlp.up_proj"), h)?;
+            let hidden = gated(gate, up, Activation::Silu);
+            let hidden = pass.at(Site::Hidden(index, Sublayer::FeedForward), hidden);
+            pass.linear(&format!("{block}.mlp.down_proj"), hidden)
+        })?;
+        Ok(x + h)
+    }
+
+    fn finish(&self, pass: &mut Pass<'_>, x: Tensor<2>) -> Result<Output> {
+        let x = pass.rms_norm("norm", x, EPSILON, 0.0)?;
+        let x = pass.at(Site::Final, x);
+        if matches!(self.spec.head, Head::Language { .. }) {
+            return Ok(Output::States(x));
+        }
+        let (documents, width) = (pass.spans().documents(), self.spec.width);
+        let tokens = x.dims()[0] / documents;
+        let means = x.reshape([documents, tokens, width]).mean_dim(1).reshape([documents, width]);
+        Ok(Output::Classes(pass.linear("head", means)?))
+    }
+}
