@@ -386,7 +386,8 @@ impl<const N: usize> Operation<N> for Head {
             let learned = saved.learned.take().and_then(|learned| learned.times(&factors));
             let [dweight, dbias] = learned.unwrap_or_else(|| {
                 let [dweight, dbias] = self.weight_gradients(&saved, &factors, wanted);
-                [Some(from_values(dweight, [words, width])), Some(from_values(dbias, [words]))]
+                let dweight = wanted[0].then(|| from_values(dweight, [words, width]));
+                [dweight, wanted[1].then(|| from_values(dbias, [words]))]
             });
             if let (Some(at), true) = (weight_at, wanted[0]) {
                 found[at] = dweight;

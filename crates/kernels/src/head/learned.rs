@@ -73,7 +73,7 @@ impl Head {
         }
         let mut dbias = vec![0.0; if wants_bias { rows } else { 0 }];
         let blocks = (count * rows).div_ceil(KEPT).max(1);
-        let block = count.div_ceil(blocks).next_multiple_of(ROWS);
+        let block = count.div_ceil(blocks).max(1).next_multiple_of(ROWS);
         let mut logits = Buffer::dirty(block.min(count) * rows);
         let mut unpacked = Vec::new();
         for start in (0..count).step_by(block) {
