@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use retune_core::batch::{Batch, Document};
 use retune_core::change::Changes;
-use retune_core::event::{Observer, Silent};
+use retune_core::event::Silent;
 use retune_core::method::Method;
-use retune_core::model::{Model, Output, Tuned};
+use retune_core::model::{Model, Tuned};
 use retune_core::parameters::{Parameters, to_vec};
 use retune_core::random::Seed;
 use retune_core::spec::{Kind, ModelSpec, WeightSpec};
@@ -15,7 +15,7 @@ use retune_core::weights::{Packing, Stored, WeightSource, Weights};
 use retune_methods::registry;
 use retune_train::optimizer::{AdamW, Optimizer};
 use retune_train::schedule::{Schedule, Shape};
-use retune_train::training::{BatchSource, Training, Validation, Walk};
+use retune_train::training::{BatchSource, Training, Walk};
 use tensor::Device;
 
 use crate::pictures::Pictures;
@@ -117,23 +117,6 @@ impl Pace {
     }
 }
 
-/// Who watches a tuning.
-pub(crate) struct Watch<'a> {
-    /// Steps between two measurements; 0 is one at the end.
-    pub(crate) every: u64,
-    /// What is measured.
-    pub(crate) validation: Option<&'a mut dyn Validation>,
-    /// Who is told of every step.
-    pub(crate) observer: &'a mut dyn Observer,
-}
-
-impl<'a> Watch<'a> {
-    /// Measures nothing.
-    pub(crate) fn nothing(observer: &'a mut dyn Observer) -> Self {
-        Self { every: 0, validation: None, observer }
-    }
-}
-
 /// What a tuning left.
 #[derive(Debug)]
 pub(crate) struct Tuning {
@@ -158,13 +141,8 @@ pub(crate) struct Lab {
 impl Lab {
     /// Makes a lab with drawn weights; rows are places in `documents`.
     pub(crate) fn new(model: impl Model + 'static, documents: Vec<Document>, seed: Seed) -> Self {
-        Self::of(Arc::new(model), documents, seed)
-    }
-
-    /// Makes a lab of a model of the program.
-    pub(crate) fn of(model: Arc<dyn Model>, documents: Vec<Document>, seed: Seed) -> Self {
         let values = Held::draw(model.spec(), seed);
-        Self { model, documents, targets: None, values }
+        Self { model: Arc::new(model), documents, targets: None, values }
     }
 
     /// Says what each token of each document predicts: masked words at their own places.
@@ -206,21 +184,6 @@ impl Lab {
         let mut lab = self.clone();
         lab.set(values);
         lab
-    }
-
-    /// Returns a document.
-    pub(crate) fn document(&self, row: usize) -> &Document {
-        &self.documents[row]
-    }
-
-    /// Gives `rows` in a new order each pass.
-    pub(crate) fn source<'a>(
-        &'a self,
-        rows: &'a [usize],
-        pace: Pace,
-        seed: Seed,
-    ) -> impl BatchSource + 'a {
-        Shuffled::new(self, rows, pace.batch, seed)
     }
 
     /// Opens the weights as they stand.
@@ -276,8 +239,8 @@ impl Lab {
         seed: Seed,
         look: impl FnOnce(&Training<'_>) -> Result<T>,
     ) -> Result<T> {
-        let mut batches = self.source(rows, pace, seed);
-        self.walk(method, &mut batches, pace, seed, Watch::nothing(&mut Silent), look)
+        let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
+        self.train_with(method, Box::new(optimizer), rows, pace, seed, look)
     }
 
     /// Trains as [`Lab::train`], with another optimiser than AdamW.
@@ -293,57 +256,14 @@ impl Lab {
         seed: Seed,
         look: impl FnOnce(&Training<'_>) -> Result<T>,
     ) -> Result<T> {
-        let mut batches = self.source(rows, pace, seed);
-        let mut silent = Silent;
-        let watch = Watch::nothing(&mut silent);
-        self.walk_with(method, optimizer, &mut batches, pace, seed, watch, look)
-    }
-
-    /// Tunes with a method on batches of any kind, while someone watches.
-    ///
-    /// # Errors
-    /// Those of the method, of training and of `look`.
-    pub(crate) fn walk<T>(
-        &self,
-        method: Box<dyn Method>,
-        batches: &mut dyn BatchSource,
-        pace: Pace,
-        seed: Seed,
-        watch: Watch<'_>,
-        look: impl FnOnce(&Training<'_>) -> Result<T>,
-    ) -> Result<T> {
-        let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
-        self.walk_with(method, Box::new(optimizer), batches, pace, seed, watch, look)
-    }
-
-    fn walk_with<T>(
-        &self,
-        method: Box<dyn Method>,
-        optimizer: Box<dyn Optimizer>,
-        batches: &mut dyn BatchSource,
-        pace: Pace,
-        seed: Seed,
-        watch: Watch<'_>,
-        look: impl FnOnce(&Training<'_>) -> Result<T>,
-    ) -> Result<T> {
         let weights = self.weights()?;
+        let mut batches = Shuffled::new(self, rows, pace.batch, seed);
         let folder = tempfile::tempdir()?;
-        let walk = Walk { evaluate_every: watch.every, ..walk(pace, seed, folder.path()) };
+        let walk = walk(pace, seed, folder.path());
         let model = self.model.as_ref();
         let mut training = Training::new(model, &weights, method, optimizer, walk)?;
-        training.walk(batches, watch.validation, watch.observer)?;
+        training.walk(&mut batches, None, &mut Silent)?;
         look(&training)
-    }
-
-    /// Looks at the model as it stands.
-    ///
-    /// # Errors
-    /// If the weights do not fit; those of `look`.
-    pub(crate) fn plain<T>(&self, look: impl FnOnce(&Tuned<'_>) -> Result<T>) -> Result<T> {
-        let weights = self.weights()?;
-        let (changes, parameters) = (Changes::default(), Parameters::new(weights.device()));
-        let model = self.model.as_ref();
-        look(&Tuned { model, weights: &weights, changes: &changes, parameters: &parameters })
     }
 
     /// Works the changes into the weights.
@@ -376,16 +296,8 @@ impl Lab {
         if rows.is_empty() {
             return Ok(Vec::new());
         }
-        let documents: Vec<Document> =
-            rows.iter().map(|row| self.documents[*row].clone()).collect();
-        Ok(tuned.evaluate(&Batch::new(&documents)?, None, |_, output| {
-            Ok(match output {
-                Output::Classes(rows) | Output::States(rows) | Output::Embeddings(rows) => {
-                    to_vec(rows.inner())
-                }
-                Output::Pairs(pairs) => to_vec(pairs.similarities().inner()),
-            })
-        })?)
+        let batch = self.batch(rows)?;
+        Ok(tuned.evaluate(&batch, None, |_, output| Ok(to_vec(output.rows().inner())))?)
     }
 
     /// Computes the class logits of `rows`, one after another.
@@ -393,7 +305,13 @@ impl Lab {
     /// # Errors
     /// If the weights do not fit.
     pub(crate) fn scores(&self, rows: &[usize]) -> Result<Vec<f32>> {
-        self.plain(|tuned| self.logits(tuned, rows))
+        let weights = self.weights()?;
+        let (changes, parameters) = (Changes::default(), Parameters::new(weights.device()));
+        let model = self.model.as_ref();
+        self.logits(
+            &Tuned { model, weights: &weights, changes: &changes, parameters: &parameters },
+            rows,
+        )
     }
 
     /// Returns the share of `rows` whose class is found.

@@ -5,22 +5,13 @@
 //! what its paper or the retelling of it claims at this scale, and nothing is tuned until it fits.
 
 mod apet;
-mod aside;
-mod ast_petl;
-mod audio;
-mod bottleneck_shapes;
 mod breadcrumbs;
 mod compeft;
-mod configurations;
-mod contest;
 mod crash;
-mod critical_review;
 mod dept;
-mod design_table;
 mod dsee;
 mod encoder;
 mod error;
-mod families;
 mod grafting;
 mod hft;
 mod id3;
@@ -35,8 +26,6 @@ mod pictures;
 mod prefix_identity;
 mod regression;
 mod residual;
-mod retrieval;
-mod rotated;
 mod said;
 mod sara;
 mod sentences;
@@ -44,7 +33,6 @@ mod spiel;
 mod ssf;
 mod survey;
 
-pub use configurations::table as configurations;
 pub use error::{Error, Result};
 pub use page::page;
 
@@ -106,20 +94,14 @@ impl Proof {
 
 /// All claims, by number.
 pub const CLAIMS: &[Claim] = &[
-    configurations::CLAIM,
     hft::CLAIM,
     id3::CLAIM,
-    families::CLAIM,
-    aside::CLAIM,
     apet::CLAIM,
-    ast_petl::CLAIM,
     survey::CLAIM,
     grafting::CLAIM,
     spiel::CLAIM,
-    bottleneck_shapes::CLAIM,
     dsee::CLAIM,
-    design_table::CLAIM,
-    critical_review::CLAIM,
+    prefix_identity::CLAIM,
     said::CLAIM,
     crash::CLAIM,
     ssf::CLAIM,

@@ -1,6 +1,8 @@
 //! What is held at once while sparse methods look for entries: counted by the allocator.
 //!
 //! One test only: the count is the whole program's.
+
+#![expect(unsafe_code, reason = "an allocator that counts")]
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
