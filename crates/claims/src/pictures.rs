@@ -69,13 +69,6 @@ impl Pictures {
         self.taken(|place| place % SIDE * SIDE + (SIDE - 1 - place / SIDE))
     }
 
-    /// Puts the pixels in an order drawn from a seed, the same for every picture.
-    pub(crate) fn permuted(&self, seed: Seed) -> Self {
-        let mut order: Vec<usize> = (0..PIXELS).collect();
-        seed.stream("pixels", &[]).shuffle(&mut order);
-        self.taken(|place| order[place])
-    }
-
     /// Puts `count` pixels, drawn from a seed, in each other's places, the same in every picture.
     pub(crate) fn with_moved(&self, count: usize, seed: Seed) -> Self {
         let mut random = seed.stream("moved pixels", &[]);
@@ -150,11 +143,6 @@ mod tests {
         assert_eq!(rotated.pixels[..9], [7.0, 15.0, 23.0, 31.0, 39.0, 47.0, 55.0, 63.0, 6.0]);
         assert_eq!(mirrored.mirrored(), one);
         assert_eq!(rotated.rotated().rotated().rotated(), one);
-        let permuted = one.permuted(Seed(1));
-        let mut sorted = permuted.pixels.clone();
-        sorted.sort_by(f32::total_cmp);
-        assert_ne!(permuted.pixels, one.pixels);
-        assert_eq!(sorted, one.pixels);
     }
 
     #[test]

@@ -102,7 +102,8 @@ fn prove(_clock: Clock) -> Result<Proof> {
     );
     if share < 0.9 {
         proof.notes.push(
-            "The trial this follows needed 61 directions after 100 steps and 135 without any; why both numbers are higher here was not found out. Biases are not moved."
+            "The trial this follows needed 61 directions after 100 steps and 135 without any; \
+             why both numbers are higher here was not found out. Biases are not moved."
                 .to_owned(),
         );
     }

@@ -1,5 +1,10 @@
 //! How memory comes from the system.
 
+#![cfg_attr(
+    all(target_os = "linux", target_env = "gnu"),
+    expect(unsafe_code, reason = "a setting of the C library")
+)]
+
 /// Keeps freed memory for later, where the C library is glibc; does nothing elsewhere.
 ///
 /// A training step makes and drops hundreds of mebibytes. By default each large piece comes as
