@@ -144,7 +144,8 @@ impl StepView<'_> {
         seats.sort_unstable_by_key(|(index, _)| *index);
         let place = id.index();
         let values = self.parameters.values(id);
-        let gradient = self.gradients[place].take();
+        // Before a step there is no gradient yet.
+        let gradient = self.gradients.get_mut(place).and_then(Option::take);
         let state = std::mem::take(&mut self.states[place]);
         let pick = |old: Option<&[f32]>, new: &dyn Fn(&Seat) -> f32| -> Vec<f32> {
             let of = |seat: &Seat| match seat {
@@ -178,8 +179,10 @@ impl StepView<'_> {
                 Seat::Kept(_) => 0.0,
             })
         });
-        if gradient.is_some() || new_gradient.iter().any(|g| *g != 0.0) {
-            self.gradients[place] = Some(new_gradient);
+        if (gradient.is_some() || new_gradient.iter().any(|g| *g != 0.0))
+            && let Some(kept) = self.gradients.get_mut(place)
+        {
+            *kept = Some(new_gradient);
         }
         self.states[place] = ParameterState { lists, ages, since: state.since };
         let indices = seats.into_iter().map(|(index, _)| index).collect();

@@ -259,9 +259,22 @@ impl Adapter {
     /// # Errors
     /// [`Error::Content`] that lists every tensor that is missing, surplus or misshapen.
     pub fn fill(&self, folder: &Path, parameters: &mut Parameters) -> Result<()> {
+        self.fill_as(&*self.method()?, folder, parameters)
+    }
+
+    /// Puts the adapter's values into parameters that `method` has made, whatever the registry says.
+    ///
+    /// # Errors
+    /// As [`Adapter::fill`].
+    pub fn fill_as(
+        &self,
+        method: &dyn Method,
+        folder: &Path,
+        parameters: &mut Parameters,
+    ) -> Result<()> {
         let keeps_head = self.config.get(adapterhub::KEEPS_HEAD).is_some();
         let mut floats = Cow::Borrowed(&self.tensors);
-        let mut wrong = self.method()?.unfold(parameters, &self.integers, &mut floats);
+        let mut wrong = method.unfold(parameters, &self.integers, &mut floats);
         let known: Vec<_> = parameters
             .iter()
             .filter(|(_, p)| p.saved)
