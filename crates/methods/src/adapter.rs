@@ -18,6 +18,10 @@ use crate::{adapterhub, compressed, difference, registry};
 /// What PEFT puts before a module's path.
 pub const PREFIX: &str = "base_model.model.";
 
+/// The key that holds a classifier's class names, without which its head has no place in a base that
+/// classifies nothing.
+pub const LABELS: &str = "retune_labels";
+
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
 
@@ -112,6 +116,9 @@ impl Adapter {
         })?;
         if let Some(base) = base {
             base.write(&mut config);
+            if let Head::Classes { labels } = &spec.head {
+                config[LABELS] = json!(labels);
+            }
         }
         method.describe(parameters, &mut config);
         let mut adapter = Self { config, tensors: BTreeMap::new(), integers: BTreeMap::new() };
