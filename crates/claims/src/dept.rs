@@ -19,22 +19,22 @@ pub(crate) const CLAIM: Claim = Claim {
     claims: "With as many trained values and steps, a shorter prompt beside a low-rank table of offsets \
              needs less time and memory than a long prompt and is no worse.",
     run: "Time: encoder of 4 blocks and width 128, 4 texts of 128 words, a prompt of 100 against DePT \
-          with 20, 40 and 60 of as many values, 10 steps after 2 to warm up. Quality: encoder of 4 \
-          blocks and width 64 that learned to fill gaps in texts of 32 words of a made-up language, up \
-          to 5 fillers before them; the task is which of two key words comes first, 2000 rows, 300 \
-          steps of 16, no warm-up, linear decay; a prompt of 40 against 16 with rank 16 (2560 values \
-          each, and the head). Rates of the prompt 0.05, 0.1 and 0.3, of the table 1e-3, 5e-3 or the \
-          prompt's; the best on 500 validation rows, measured on 1000; three seeds. Then 5 fillers \
-          before the test texts.",
+          with 20, 40 and 60 of as many values, 10 steps after 2 to warm up, the fastest of three \
+          rounds; memory is not measured. Quality: encoder of 4 blocks and width 64 that learned to \
+          fill gaps in texts of 16 words of a made-up language, up to 5 fillers before them; the task \
+          is which of two key words comes first, 2000 rows, 300 steps of 16, no warm-up, linear decay; \
+          a prompt of 20 against 10 with rank 8 (1280 values each, and the head). Rates of the prompt \
+          0.05, 0.1 and 0.3, of the table 1e-3, 5e-3 or the prompt's; the best on 500 validation rows, \
+          measured on 1000; three seeds. Then 5 fillers before the test texts.",
     quick: false,
     prove,
 };
 
 const NUM_SEEDS: u64 = 3;
-const LENGTH: usize = 32;
+const LENGTH: usize = 16;
 const SHIFT: usize = 5;
-const PROMPT: usize = 40;
-const SHORT: usize = 16;
+const PROMPT: usize = 20;
+const SHORT: usize = 10;
 const NUM_TRAIN: usize = 2000;
 const NUM_VALIDATION: usize = 500;
 const NUM_TEST: usize = 1000;
@@ -65,29 +65,32 @@ fn cost(clock: Clock, proof: &mut Proof) -> Result<()> {
     let lab = Lab::new(model, documents.collect(), seed);
     let rows: Vec<usize> = (0..8).collect();
     let mut table = "| | values | states a text | seconds a step |\n|---|---|---|---|\n".to_owned();
-    let mut found: Vec<(usize, usize, f64)> = Vec::new();
-    for prompt in [LONG, 60, 40, 20] {
+    let mut found = [LONG, 60, 40, 20].map(|prompt| (prompt, 0, f64::INFINITY));
+    let seconds = |prompt: usize, num_steps: u64| -> Result<(f64, usize)> {
         let (name, options) = if prompt == LONG {
             ("prompt-tuning", format!("tokens = {LONG}"))
         } else {
             ("dept", format!("tokens = {prompt}\nbudget = {LONG}\nlength = {WORDS}"))
         };
-        let seconds = |num_steps: u64| -> Result<(f64, usize)> {
-            let started = clock();
-            let pace = Pace::steps(num_steps, 4, 1e-3);
-            let see = |training: &Training<'_>| Ok(training.parameters.num_trainable());
-            let trained = lab.train(method(name, &options)?, &rows, pace, seed, see)?;
-            Ok((clock() - started, trained))
-        };
-        seconds(2)?;
-        let (taken, trained) = seconds(STEPS)?;
-        found.push((prompt, trained, taken / STEPS as f64));
-        let _ = writeln!(
-            table,
-            "| {name}, {prompt} | {trained} | {} | {:.4} |",
-            prompt + WORDS,
-            taken / STEPS as f64
-        );
+        let started = clock();
+        let pace = Pace::steps(num_steps, 4, 1e-3);
+        let see = |training: &Training<'_>| Ok(training.parameters.num_trainable());
+        let trained = lab.train(method(name, &options)?, &rows, pace, seed, see)?;
+        Ok((clock() - started, trained))
+    };
+    // What else the machine does only adds to a round.
+    for _ in 0..3 {
+        for (prompt, trained, least) in &mut found {
+            seconds(*prompt, 2)?;
+            let (taken, count) = seconds(*prompt, STEPS)?;
+            *trained = count;
+            *least = least.min(taken / STEPS as f64);
+        }
+    }
+    for (prompt, trained, taken) in found {
+        let name = if prompt == LONG { "prompt tuning" } else { "DePT" };
+        let states = prompt + WORDS;
+        let _ = writeln!(table, "| {name}, {prompt} | {trained} | {states} | {taken:.4} |");
     }
     proof.figures.push_str(&table);
     proof.assert(
@@ -128,7 +131,7 @@ fn quality(proof: &mut Proof) -> Result<()> {
         words
     };
     let sizes = Sizes::of(64, 4);
-    let pace = Pace::steps(1000, 32, 2e-3);
+    let pace = Pace::steps(600, 32, 2e-3);
     let base = pretrained(sizes, LENGTH + SHIFT, 4000, pace, Seed(4210), draw)?;
     let mut arms = vec![Arm::default(); 3];
     let seeds = side_by_side(NUM_SEEDS, |number| {
@@ -142,7 +145,7 @@ fn quality(proof: &mut Proof) -> Result<()> {
         arms[arm].rates.extend(other.rates);
         arms[arm].trained = other.trained;
     }
-    let names = ["prompt tuning, 40", "DePT, 16 and rank 16", "the same at one rate"];
+    let names = ["prompt tuning, 20", "DePT, 10 and rank 8", "the same at one rate"];
     proof.figures.push_str(
         "\n| | values that train | accuracy, mean | each seed | rates | 5 fillers before the text \
          |\n|---|---|---|---|---|---|\n",

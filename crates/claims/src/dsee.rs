@@ -26,9 +26,9 @@ pub(crate) const CLAIM: Claim = Claim {
     run: "Encoder of 4 blocks, width 128 and 8 heads that learned to fill gaps in sentences of a \
           made-up language (600 steps of 32); the task names the kinds of the third and the tenth \
           word, 800 rows, 200 steps of 32 at 1e-3 on queries and values with a new head, 2 of 8 heads \
-          per layer pruned half-way, accuracy on 1000 rows, five seeds. Then planted entries in \
-          random 256 x 256 matrices, and linear regression 64 x 64 whose truth is rank 2 with 20 \
-          entries of 1.5 (2500 steps of 64 at 1e-2, noise 0.05, two seeds).",
+          per layer pruned half-way, accuracy on 1000 rows, five seeds; chance is 0.25. Then planted \
+          entries in random 256 x 256 matrices, and linear regression 64 x 64 whose truth is rank 2 \
+          with 20 entries of 1.5 (2500 steps of 64 at 1e-2, noise 0.05, two seeds).",
     quick: false,
     prove,
 };
@@ -117,6 +117,12 @@ fn heads(proof: &mut Proof) -> Result<()> {
         );
     }
     let [lora, _, update, _, random] = &accuracies[..] else { unreachable!("five arms") };
+    if mean(lora) < 0.35 {
+        proof.notes.push(
+            "Even the unpruned LoRA is near chance: what is asserted of heads says nothing here."
+                .to_owned(),
+        );
+    }
     let gap = mean(update) - mean(lora);
     proof.assert(
         "heads pruned by the update stay within 2 points of the unpruned LoRA, on the mean",

@@ -4,7 +4,6 @@
 //! what must appear and whether it did. What does not hold is reported as such: a proof asserts
 //! what its paper or the retelling of it claims at this scale, and nothing is tuned until it fits.
 
-mod apet;
 mod breadcrumbs;
 mod compeft;
 mod crash;
@@ -13,7 +12,6 @@ mod dsee;
 mod encoder;
 mod error;
 mod grafting;
-mod hft;
 mod id3;
 mod lab;
 mod locft;
@@ -94,9 +92,7 @@ impl Proof {
 
 /// All claims, by number.
 pub const CLAIMS: &[Claim] = &[
-    hft::CLAIM,
     id3::CLAIM,
-    apet::CLAIM,
     survey::CLAIM,
     grafting::CLAIM,
     spiel::CLAIM,

@@ -93,8 +93,8 @@ pub struct StepView<'a> {
     pub gradient_scale: f64,
     /// Everything that trains.
     pub parameters: &'a mut Parameters,
-    /// Gradient of the step's mean loss per parameter. After the move only those of parameters the
-    /// method moves itself are left.
+    /// Gradient of the step's mean loss per parameter; empty before the step's pass. After the move
+    /// only those of parameters the method moves itself are left.
     pub gradients: &'a mut FlatGradients,
     /// Gradients of the distance to the base's predictions, where the method asked for them.
     pub reference_gradients: &'a [Option<Vec<f32>>],
@@ -131,7 +131,9 @@ impl StepView<'_> {
     /// Gives up a dense parameter and its state.
     pub fn release(&mut self, id: ParameterId) {
         self.parameters.release(id);
-        self.gradients[id.index()] = None;
+        if let Some(gradient) = self.gradients.get_mut(id.index()) {
+            *gradient = None;
+        }
         self.reset_state(id);
     }
 
@@ -144,7 +146,6 @@ impl StepView<'_> {
         seats.sort_unstable_by_key(|(index, _)| *index);
         let place = id.index();
         let values = self.parameters.values(id);
-        // Before a step there is no gradient yet.
         let gradient = self.gradients.get_mut(place).and_then(Option::take);
         let state = std::mem::take(&mut self.states[place]);
         let pick = |old: Option<&[f32]>, new: &dyn Fn(&Seat) -> f32| -> Vec<f32> {
@@ -179,10 +180,9 @@ impl StepView<'_> {
                 Seat::Kept(_) => 0.0,
             })
         });
-        if (gradient.is_some() || new_gradient.iter().any(|g| *g != 0.0))
-            && let Some(kept) = self.gradients.get_mut(place)
-        {
-            *kept = Some(new_gradient);
+        let has_gradient = gradient.is_some() || new_gradient.iter().any(|g| *g != 0.0);
+        if let Some(gradient) = self.gradients.get_mut(place).filter(|_| has_gradient) {
+            *gradient = Some(new_gradient);
         }
         self.states[place] = ParameterState { lists, ages, since: state.since };
         let indices = seats.into_iter().map(|(index, _)| index).collect();
@@ -325,5 +325,18 @@ mod tests {
         assert!(view.reseat(id, vec![(4, Seat::Kept(1)), (4, Seat::Kept(0))]).is_err());
         view.set_trains(id, false);
         assert_eq!(view.states[0].bytes(), 0);
+    }
+
+    #[test]
+    fn entries_may_come_before_there_are_gradients() {
+        let mut parameters = Parameters::new(&Device::flex());
+        let id = parameters.add_sparse("s", [2, 3], vec![1], vec![0.5]);
+        let mut parts = StepParts::new(&parameters);
+        parts.gradients.clear();
+        let mut view = parts.view(1, 9, &mut parameters);
+        view.reseat(id, vec![(1, Seat::Kept(0)), (2, Seat::fresh(4.0, 0.0))]).unwrap();
+        assert_eq!(*view.parameters.indices(id), [1, 2]);
+        assert_eq!(view.parameters.values(id), [0.5, 4.0]);
+        assert!(view.gradients.is_empty());
     }
 }

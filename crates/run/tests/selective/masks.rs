@@ -142,6 +142,23 @@ fn id3_touches_exactly_its_budget_where_gradients_are_largest() {
 }
 
 #[test]
+fn id3_at_random_touches_exactly_its_budget() {
+    let (model, weights) = open();
+    let (_guard, root) = folder();
+    let id3 = method("id3", "budget = 101\norder = \"random\"");
+    let done = trained((&*model, &weights), id3, adamw(), walk(&root, 7, 1e-3));
+    let moved: usize = changed(&done.tuned(), &weights)
+        .values()
+        .map(|(now, base)| now.iter().zip(base).filter(|(a, b)| a != b).count())
+        .sum();
+    assert_eq!((moved, done.parameters.num_trainable()), (101, 101));
+    let updates: f32 =
+        done.optimizer_state().iter().flat_map(|state| state.ages.iter().flatten()).sum();
+    let open: usize = (1..=7).map(|step| 101 * step / 7).sum();
+    assert_eq!(updates as usize, open);
+}
+
+#[test]
 fn id3_over_lora_moves_its_budget_of_factors() {
     let (model, weights) = open();
     let (_guard, root) = folder();
