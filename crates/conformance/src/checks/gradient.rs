@@ -67,7 +67,7 @@ fn run(case: &Case<'_>) -> Result<(), Failed> {
         // A ReLU that opens within reach bends the loss; nearer by it is left behind, as long as
         // rounding leaves something to compare.
         let nearer = [0.3, 0.1, 0.03].map(|share| share * widest).into_iter();
-        let mut reaches = [widest].into_iter().chain(nearer.filter(|r| allowed(*r) < 0.2 * norm));
+        let mut reaches = [widest].into_iter().chain(nearer.filter(|r| allowed(*r) < 0.3 * norm));
         let (mut found_slope, mut limit) = (f64::NAN, 0.0);
         while (found_slope - norm).abs() > limit || found_slope.is_nan() {
             let Some(reach) = reaches.next() else { break };
