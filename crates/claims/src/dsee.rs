@@ -168,7 +168,7 @@ fn classifier(base: &Values, seed: Seed) -> Lab {
 /// Returns the share of the blocks' products that the pruned heads' projections make up.
 fn products_saved(spec: &ModelSpec, values: &Values) -> f64 {
     let linears = spec.linears().filter(|weight| weight.layer.is_some());
-    let all: usize = linears.map(|weight| weight.count()).sum();
+    let all: usize = linears.map(retune_core::spec::WeightSpec::count).sum();
     let mut gone = 0;
     for weight in spec.weights.iter().filter(|weight| weight.role == Role::AttentionOutput) {
         let [rows, columns] = weight.matrix();
@@ -212,7 +212,9 @@ fn planted(proof: &mut Proof) -> Result<()> {
         for (index, value) in values.iter_mut().enumerate() {
             *value += u[index / SIDE] * v[index % SIDE];
         }
-        spikes.iter().for_each(|place| values[*place] += 0.5);
+        for place in &spikes {
+            values[*place] += 0.5;
+        }
         let zeros: Arc<[f32]> = vec![0.0; SIDE].into();
         let model = Regression::new(Arc::clone(&zeros), zeros, &[SIDE, SIDE]);
         let mut lab = Lab::new(model, Vec::new(), seed);

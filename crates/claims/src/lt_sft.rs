@@ -152,9 +152,9 @@ fn cut(base: &Values, tuned: &Values) -> Result<Values> {
     let mut values = base.clone();
     for (name, entries) in names.into_iter().zip(kept) {
         if let Some(values) = values.get_mut(name) {
-            entries.iter().for_each(|entry| {
-                values[*entry as usize] = tuned[name][*entry as usize];
-            });
+            for entry in entries {
+                values[entry as usize] = tuned[name][entry as usize];
+            }
         }
     }
     Ok(values)

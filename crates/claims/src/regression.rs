@@ -42,7 +42,7 @@ impl Regression {
     pub(crate) fn new(inputs: Arc<[f32]>, targets: Arc<[f32]>, widths: &[usize]) -> Self {
         let net = Mlp::new(inputs, widths);
         let mut spec = ModelSpec::clone(net.spec());
-        spec.weights.retain(|weight| weight.is_linear());
+        spec.weights.retain(retune_core::spec::WeightSpec::is_linear);
         for weight in &mut spec.weights {
             // No head that is new and trains by itself.
             weight.role = if weight.role == Role::Head { Role::Down } else { weight.role };

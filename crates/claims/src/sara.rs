@@ -136,7 +136,11 @@ fn one_seed(seed: Seed) -> Result<Found> {
         counter.store(bytes, Ordering::Relaxed);
     });
     let see = |training: &Training<'_>| {
-        let state = training.optimizer_state().iter().map(|state| state.bytes()).sum::<usize>();
+        let state = training
+            .optimizer_state()
+            .iter()
+            .map(retune_core::method::ParameterState::bytes)
+            .sum::<usize>();
         let merged = lab.merged(&training.tuned())?;
         Ok((merged, training.parameters.num_trainable(), state))
     };
@@ -204,7 +208,9 @@ fn pruned(base: &Values, masks: &Masks) -> Values {
     let mut values = base.clone();
     for (name, mask) in masks {
         if let Some(values) = values.get_mut(name) {
-            mask.iter().for_each(|index| values[*index as usize] = 0.0);
+            for index in mask {
+                values[*index as usize] = 0.0;
+            }
         }
     }
     values

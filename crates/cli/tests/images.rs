@@ -64,7 +64,7 @@ fn logits(folder: &Path, model: &[&str]) -> Vec<f32> {
     let _ = std::fs::remove_file(folder.join("out.safetensors"));
     let files = ["--input-ids", "in.safetensors", "--output", "out.safetensors"];
     done(folder, &[&["logits"], model, &files].concat());
-    let file = SafetensorsFile::open(&folder.join("out.safetensors")).unwrap();
+    let file = SafetensorsFile::open(folder.join("out.safetensors")).unwrap();
     file.tensor("logits").unwrap().to_f32().unwrap()
 }
 
@@ -80,7 +80,7 @@ fn a_classifier_learns_digits_and_its_adapter_merges() {
     let home = tempfile::tempdir().unwrap();
     let folder = home.path();
     let rest = "crop_padding = 1\n[method.lora]\nrank = 4\ntargets = ['all-linear']\n[train]\n\
-                steps = 12\nbatch_size = 16\nlearning_rate = 1e-2\nsave_every = 0\n[evaluate]\n\
+                steps = 60\nbatch_size = 16\nlearning_rate = 5e-3\nsave_every = 0\n[evaluate]\n\
                 rows = 100\n";
     prepare(folder, "vit-8", rest);
     let doctor = done(folder, &["doctor", "digits.toml", "--rows", "1"]);

@@ -27,6 +27,14 @@ fn accepted(folder: &Path, settings: &[String]) -> Value {
     serde_json::from_slice(&out.stdout).unwrap()
 }
 
+/// Returns what a refusal says.
+fn refused(out: &Output) -> String {
+    let shown = String::from_utf8_lossy(&out.stdout);
+    assert!(!out.status.success(), "{shown}");
+    let said: Value = serde_json::from_str(&shown).unwrap();
+    said["message"].as_str().unwrap().to_owned()
+}
+
 fn total(plan: &Value) -> u64 {
     plan["forecast"]["total_bytes"].as_u64().unwrap()
 }
@@ -73,8 +81,7 @@ fn what_cannot_fit_is_refused_with_settings_that_do() {
     for short in [2, 12] {
         let allowed = allowing(recomputed - (short << 20));
         let out = plan(folder.path(), std::slice::from_ref(&allowed));
-        assert!(!out.status.success(), "{}", String::from_utf8_lossy(&out.stdout));
-        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        let said = refused(&out);
         let forecast = format!("{}MiB even with recomputed layers", recomputed.div_ceil(1 << 20));
         assert!(said.contains(&forecast), "{said}");
         let settings = said.rsplit("help:").next().unwrap().split(", or ");
@@ -103,8 +110,8 @@ fn a_model_that_fits_in_no_way_is_told_the_memory_it_takes() {
     let folder = tempfile::tempdir().unwrap();
     recipe(folder.path(), "full");
     let out = plan(folder.path(), &["compute.memory=\"8MiB\"".to_owned()]);
-    let said = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert!(!out.status.success() && said.contains("does not fit"), "{said}");
+    let said = refused(&out);
+    assert!(said.contains("does not fit"), "{said}");
     assert!(!said.contains("train.batch_size"), "one row does not fit either: {said}");
     assert!(said.contains("[method.lora]") && said.contains("compute.memory = "), "{said}");
 }
@@ -113,7 +120,13 @@ fn a_model_that_fits_in_no_way_is_told_the_memory_it_takes() {
 fn measuring_counts_where_it_takes_more_than_training() {
     let folder = tempfile::tempdir().unwrap();
     recipe(folder.path(), "lora");
-    let small = ["train.batch_size=1", "data.max_length=16"].map(str::to_owned);
+    let small = [
+        "train.batch_size=1",
+        "data.max_length=16",
+        "data.validation_fraction=0.5",
+        "evaluate.rows=16",
+    ]
+    .map(str::to_owned);
     let asked = |more: &str| [&small[..], &[more.to_owned()]].concat();
     let few = accepted(folder.path(), &asked("evaluate.examples=1"));
     let many = accepted(folder.path(), &asked("evaluate.examples=16"));

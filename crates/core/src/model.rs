@@ -23,7 +23,7 @@ pub enum Output {
     /// Document vectors, `[documents, width]`.
     Embeddings(Tensor<2>),
     /// Vectors of the batch's images and of its texts.
-    Pairs(Pairs),
+    Pairs(Box<Pairs>),
 }
 
 impl Output {

@@ -301,7 +301,9 @@ impl Adamss {
 /// more directions than rows.
 fn alive(clusters: &[i32], subspace_rank: usize, rank: usize) -> Option<Vec<f32>> {
     let mut counts = BTreeMap::<i32, usize>::new();
-    clusters.iter().for_each(|cluster| *counts.entry(*cluster).or_default() += 1);
+    for cluster in clusters {
+        *counts.entry(*cluster).or_default() += 1;
+    }
     if rank >= subspace_rank && counts.values().all(|count| *count >= subspace_rank) {
         return None;
     }

@@ -18,6 +18,10 @@ use crate::{adapterhub, compressed, difference, registry};
 /// What PEFT puts before a module's path.
 pub const PREFIX: &str = "base_model.model.";
 
+/// The key that holds a classifier's class names, without which its head has no place in a base that
+/// classifies nothing.
+pub const LABELS: &str = "retune_labels";
+
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
 
@@ -112,6 +116,9 @@ impl Adapter {
         })?;
         if let Some(base) = base {
             base.write(&mut config);
+            if let Head::Classes { labels } = &spec.head {
+                config[LABELS] = json!(labels);
+            }
         }
         method.describe(parameters, &mut config);
         let mut adapter = Self { config, tensors: BTreeMap::new(), integers: BTreeMap::new() };
@@ -259,9 +266,22 @@ impl Adapter {
     /// # Errors
     /// [`Error::Content`] that lists every tensor that is missing, surplus or misshapen.
     pub fn fill(&self, folder: &Path, parameters: &mut Parameters) -> Result<()> {
+        self.fill_as(&*self.method()?, folder, parameters)
+    }
+
+    /// Puts the adapter's values into parameters that `method` has made, whatever the registry says.
+    ///
+    /// # Errors
+    /// As [`Adapter::fill`].
+    pub fn fill_as(
+        &self,
+        method: &dyn Method,
+        folder: &Path,
+        parameters: &mut Parameters,
+    ) -> Result<()> {
         let keeps_head = self.config.get(adapterhub::KEEPS_HEAD).is_some();
         let mut floats = Cow::Borrowed(&self.tensors);
-        let mut wrong = self.method()?.unfold(parameters, &self.integers, &mut floats);
+        let mut wrong = method.unfold(parameters, &self.integers, &mut floats);
         let known: Vec<_> = parameters
             .iter()
             .filter(|(_, p)| p.saved)

@@ -154,7 +154,7 @@ impl AdapterFusion {
     }
 
     /// Returns what is fused where, in the order of the members' sites.
-    fn fused(&self, spec: &ModelSpec, members: &[Member]) -> Result<Vec<Fused>> {
+    fn fused(spec: &ModelSpec, members: &[Member]) -> Result<Vec<Fused>> {
         let mut fused: Vec<Fused> = Vec::new();
         for (place, member) in members.iter().enumerate() {
             for placed in member.view.bottlenecks(spec)? {
@@ -258,7 +258,7 @@ impl Method for AdapterFusion {
         let members = self.members()?;
         let trained = |member: usize| members[member].trained.is_some();
         let mut parameters = Vec::new();
-        for of in self.fused(spec, &members)? {
+        for of in Self::fused(spec, &members)? {
             let place = of.site.to_string();
             for (member, placed) in &of.parts {
                 parameters.extend(Self::slots_of(*member, placed).into_iter().map(|(slot, _)| {
@@ -284,7 +284,7 @@ impl Method for AdapterFusion {
         let spec = weights.spec().clone();
         let members = self.members()?;
         let mut changes = Changes::default();
-        for of in self.fused(&spec, &members)? {
+        for of in Self::fused(&spec, &members)? {
             for (member, placed) in &of.parts {
                 for (slot, there) in Self::slots_of(*member, placed) {
                     let Some((path, tensors)) = &members[*member].trained else {

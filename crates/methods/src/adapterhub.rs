@@ -21,6 +21,9 @@ use crate::unified_view::{Composition, Function, Module, Place, UnifiedView};
 /// in a file of their own.
 pub const KEEPS_HEAD: &str = "retune_keeps_head";
 
+/// Name, shape and values of a tensor.
+type Found = (String, Vec<usize>, Vec<f32>);
+
 /// What stands before the names of a design table's tensors, behind the prefix.
 const ROWS: &str = "unified.";
 
@@ -178,7 +181,7 @@ pub fn read(folder: &Path, config: &Value) -> Result<Adapter> {
     let file = SafetensorsFile::open(folder.join(TENSORS))?;
     // Bottlenecks of one place and one width are one row of the table.
     let mut rows: Vec<Module> = Vec::new();
-    let mut found: BTreeMap<(usize, usize), Vec<(String, Vec<usize>, Vec<f32>)>> = BTreeMap::new();
+    let mut found: BTreeMap<(usize, usize), Vec<Found>> = BTreeMap::new();
     let mut wrong = Vec::new();
     let mut sizes: BTreeMap<(usize, &'static str), usize> = BTreeMap::new();
     for view in file.tensors() {
@@ -247,7 +250,9 @@ pub fn read(folder: &Path, config: &Value) -> Result<Adapter> {
             help: "only bottleneck adapters are read".to_owned(),
         });
     }
-    rows.iter_mut().for_each(|row| row.layers.sort_unstable());
+    for row in &mut rows {
+        row.layers.sort_unstable();
+    }
     let view = UnifiedView { modules: rows, ..UnifiedView::default() };
     let mut adapter = Adapter {
         config: json!({

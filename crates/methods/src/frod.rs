@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use retune_core::change::Scope;
 use retune_core::kernels::matrix::PackedMatrix;
 use retune_core::kernels::{linear, linear_frozen};
-use retune_core::method::Card;
+use retune_core::method::{Card, Promises};
 use retune_core::parameters::to_vec;
 use retune_core::random::Random;
 use retune_core::spec::{ModelSpec, Role};
@@ -166,6 +166,11 @@ impl WeightMethod for FrodOptions {
              another decomposition chooses otherwise, decide what the adapter does"
                 .to_owned(),
         ]
+    }
+
+    fn promises(&self) -> Promises {
+        // The weight is put together again from directions of the checkpoint's own.
+        Promises { needs_base: true, ..Promises::default() }
     }
 }
 

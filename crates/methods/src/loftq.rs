@@ -123,7 +123,7 @@ impl WeightMethod for LoftqOptions {
     }
 
     fn promises(&self) -> Promises {
-        Promises { starts_at_base: false, ..Promises::default() }
+        Promises { starts_at_base: false, needs_base: true, ..Promises::default() }
     }
 }
 

@@ -62,7 +62,7 @@ fn is_new_head(name: &str, spec: &ModelSpec) -> bool {
     matches!(spec.head, Head::Classes { .. })
         && spec.weight(name).is_some_and(|weight| {
             let heads = spec.weights.iter().filter(|weight| weight.role == Role::Head);
-            heads.map(|head| head.module()).any(|module| module == weight.module())
+            heads.map(retune_core::spec::WeightSpec::module).any(|module| module == weight.module())
         })
 }
 

@@ -104,7 +104,9 @@ fn orthonormal(a: Vec<f64>, count: usize) -> Vec<f64> {
             }
         }
         let length = dot(column, column).sqrt();
-        column.iter_mut().for_each(|v| *v = if length > 0.0 { *v / length } else { 0.0 });
+        for v in column {
+            *v = if length > 0.0 { *v / length } else { 0.0 };
+        }
     }
     transposed(&columns, count, rows)
 }

@@ -298,10 +298,10 @@ impl Model for Clip {
         ) else {
             unreachable!("both sides have rows")
         };
-        Ok(Output::Pairs(Pairs {
+        Ok(Output::Pairs(Box::new(Pairs {
             images: unit_rows(pass.linear("visual_projection", images)?),
             texts: unit_rows(pass.linear("text_projection", texts)?),
             scale: pass.constant("logit_scale", 1)?.exp(),
-        }))
+        })))
     }
 }

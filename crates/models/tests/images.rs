@@ -77,12 +77,12 @@ fn a_bare_vit_becomes_a_classifier_with_a_new_head() {
     let checkpoint = open_for(&path, &task, retune_core::random::Seed(1)).unwrap();
     assert_eq!(checkpoint.fresh, ["classifier.bias", "classifier.weight"]);
     // A classifier reads the class token itself.
-    assert_eq!(checkpoint.unused, ["pooler.dense.bias", "pooler.dense.weight"]);
+    assert_eq!(checkpoint.unused, ["vit.pooler.dense.bias", "vit.pooler.dense.weight"]);
     let clip = open_for(&folder("images").join("clip"), &task, retune_core::random::Seed(1));
     assert!(clip.unwrap_err().to_string().contains("its classes are texts"));
 }
 
-fn pairs(checkpoint: &Checkpoint, documents: &[Document]) -> Pairs {
+fn pairs(checkpoint: &Checkpoint, documents: &[Document]) -> Box<Pairs> {
     let (model, device) = (&*checkpoint.model, Device::flex());
     let source = Arc::clone(&checkpoint.source);
     let weights =

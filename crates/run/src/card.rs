@@ -193,7 +193,7 @@ mod tests {
         );
         assert_eq!(with_results(card, &RunReport::default()), card);
         assert_eq!(with_results("no front matter", &report), "no front matter");
-        let merged = merged_card("smollm2-135m", "a");
+        let merged = merged_card("smollm2-135m-instruct", "a");
         assert!(merged.contains("\nlicense: apache-2.0\n"), "{merged}");
     }
 }

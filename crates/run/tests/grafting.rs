@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use retune_core::batch::{Batch, Document};
+use retune_core::change::Changes;
 use retune_core::model::{Model, Tuned};
 use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
@@ -256,7 +257,7 @@ fn answers_of_base_and_tuned_model_are_the_ends_of_the_bench() {
     let pair = Pair::new(&*model, &base, &tuned).unwrap();
     let mut bench = Bench::new(&pair).unwrap();
     let plain = |weights: &Weights| {
-        let (changes, parameters) = (Default::default(), Parameters::new(&Device::flex()));
+        let (changes, parameters) = (Changes::default(), Parameters::new(&Device::flex()));
         let tuned = Tuned { model: &*model, weights, changes: &changes, parameters: &parameters };
         Answers::of(&tuned, &batches()).unwrap()
     };

@@ -171,7 +171,8 @@ fn export(pruned: &Pruned) -> (Cut, Box<dyn Model>) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("smaller");
     let card = |cut: &Cut| format!("{cut:?}");
-    let cut = write_structured(&pruned.tuned(), &Beside::default(), Dtype::F32, &card, &path).unwrap();
+    let cut =
+        write_structured(&pruned.tuned(), &Beside::default(), Dtype::F32, &card, &path).unwrap();
     let smaller = retune_models::open(&path).unwrap();
     let document = |tokens: Vec<u32>| Document {
         learn: vec![false; tokens.len()],
@@ -308,8 +309,13 @@ fn an_architecture_without_a_head_width_of_its_own_is_refused() {
     let pruned = pruned("bert classes", None, "prune = \"heads\"\nprune_heads = 1");
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("smaller");
-    let error =
-        write_structured(&pruned.tuned(), &Beside::default(), Dtype::F32, &|_: &Cut| String::new(), &path);
+    let error = write_structured(
+        &pruned.tuned(),
+        &Beside::default(),
+        Dtype::F32,
+        &|_: &Cut| String::new(),
+        &path,
+    );
     let why = error.unwrap_err().to_string();
     assert!(why.contains("BertForSequenceClassification") && why.contains("--format hf"), "{why}");
     assert!(!path.exists());

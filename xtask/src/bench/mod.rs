@@ -22,6 +22,7 @@ use measure::Measured;
 use table::Table;
 
 /// What is benched.
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of the command line")]
 #[derive(Debug, Default)]
 pub(crate) struct Options {
     json: bool,

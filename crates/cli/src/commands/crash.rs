@@ -155,15 +155,8 @@ pub(crate) fn run(command: &CrashCommand, json: bool) -> Result<(), Failure> {
                 "f16" => Dtype::F16,
                 _ => Dtype::F32,
             };
-            let moved = plug_in(
-                &session.opened,
-                &session.tuned(),
-                &beside,
-                layers,
-                dtype,
-                *force,
-                output,
-            )?;
+            let moved =
+                plug_in(&session.opened, &session.tuned(), &beside, layers, dtype, *force, output)?;
             show(&moved, "plugged in", output, json);
             Ok(())
         }

@@ -13,7 +13,7 @@ use retune_data::prepare::{PrepareOptions, Preparer};
 use retune_data::template::{ChatTemplate, Date, TemplateSettings};
 use retune_data::tokenizer::Tokenizer;
 use retune_hub::Network;
-use retune_methods::adapter::Adapter;
+use retune_methods::adapter::{Adapter, LABELS};
 use retune_models::Task;
 use retune_run::adapters::{Adapters, InForce, attach_adapters, read_adapters};
 use retune_run::environment::Environment;
@@ -158,6 +158,6 @@ fn is_unsupported(error: &retune_run::Error) -> bool {
 
 /// Returns the class names an adapter of a classifier was trained on, where its file says so.
 fn labels(adapter: &Adapter) -> Option<Vec<String>> {
-    let labels = adapter.config.get("retune_labels")?.as_array()?;
+    let labels = adapter.config.get(LABELS)?.as_array()?;
     labels.iter().map(|label| label.as_str().map(str::to_owned)).collect()
 }

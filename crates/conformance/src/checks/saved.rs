@@ -41,7 +41,7 @@ fn run(case: &Case<'_>) -> Result<(), Failed> {
     let again = Case { plugin: case.plugin, example: case.example, subject: case.subject, method };
     // Whatever was drawn at random must come from the file.
     let mut loaded = again.attach_with(Seed(1234))?;
-    adapter.fill(&path, &mut loaded.parameters)?;
+    adapter.fill_as(&*again.method, &path, &mut loaded.parameters)?;
     // What only helps training is not in the file: the files are compared, not the parameters.
     let written = Adapter::collect(&*again.method, spec, &loaded.parameters, None)?;
     let names = |adapter: &Adapter| adapter.tensors.keys().cloned().collect::<Vec<_>>();

@@ -1,6 +1,7 @@
 //! A set of pictures prepared for one model.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
@@ -347,7 +348,7 @@ fn list_folder(path: &Path) -> Result<Listing> {
     }
     listing.statement = format!("folders of {} classes", names.len());
     if others > 0 {
-        listing.statement += &format!("; {others} entries are no PNG or JPEG files");
+        let _ = write!(listing.statement, "; {others} entries are no PNG or JPEG files");
     }
     listing.names = Some(names);
     Ok(listing)

@@ -43,7 +43,9 @@ impl SumGradients {
         let scaled = |mut tensor: FlexTensor| {
             if factor != 1.0 {
                 each(tensor.storage_mut::<f32>().chunks_mut(CHUNK), |part| {
-                    part.iter_mut().for_each(|x| *x *= factor);
+                    for x in part.iter_mut() {
+                        *x *= factor;
+                    }
                 });
             }
             tensor

@@ -32,7 +32,9 @@ pub(crate) fn multiply(
     start: Start,
     out: &mut [f32],
 ) {
-    terms.iter().for_each(|term| work::note(rows, columns, term.length));
+    for term in terms {
+        work::note(rows, columns, term.length);
+    }
     multiply_with(Kernel::choose(arithmetic), rows, columns, terms, start, out);
 }
 

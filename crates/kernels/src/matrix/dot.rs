@@ -44,7 +44,9 @@ pub(crate) fn suits(terms: &[Term], rows: usize, columns: usize) -> bool {
 /// - `out`: `[rows, columns]`
 pub(crate) fn multiply(rows: usize, columns: usize, terms: &[Term], start: Start, out: &mut [f32]) {
     blocked::check(rows, columns, terms, start, out);
-    terms.iter().for_each(|term| work::note(rows, columns, term.length));
+    for term in terms {
+        work::note(rows, columns, term.length);
+    }
     let job = Job { columns, terms, start, out: Output::new(out) };
     let work = rows * columns * terms.iter().map(|term| term.length).sum::<usize>();
     let threads = if work < ALONE { 1 } else { rayon::current_num_threads() };

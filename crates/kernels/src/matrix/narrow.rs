@@ -5,6 +5,7 @@ use rayon::prelude::*;
 
 use crate::simd;
 use crate::tile::{self, Left};
+use crate::work;
 
 /// Most columns that are taken here.
 pub(super) const NARROW: usize = 16;
@@ -36,6 +37,7 @@ pub(super) fn multiply(
     out: &mut [f32],
 ) {
     assert!(columns <= NARROW && out.len() == rows * columns);
+    work::note(rows, columns, length);
     if out.is_empty() {
         return;
     }

@@ -121,7 +121,9 @@ impl WeightSource for GgufSource {
             values = untangle(&values, rows, heads);
         }
         if place.offset != 0.0 {
-            values.iter_mut().for_each(|value| *value -= place.offset);
+            for value in &mut values {
+                *value -= place.offset;
+            }
         }
         Ok(values)
     }

@@ -17,8 +17,8 @@ use serde_json::{Value, json};
 use super::blocks::Blocks;
 use crate::artefacts::heatmap::{HeatMap, svg};
 use crate::card::{Derived, derived_card};
-use crate::export::Beside;
 use crate::error::{Error, Result};
+use crate::export::Beside;
 use crate::prepare::Prepared;
 
 /// Tokens in one pass of a probe.

@@ -201,7 +201,7 @@ fn check(pair: &Pair<'_>, settings: &Settings) -> Result<()> {
             let inside = |weight: &&&retune_core::spec::WeightSpec| {
                 entries.iter().all(|entry| (*entry as usize) < weight.count())
             };
-            if weight.filter(inside).is_none() {
+            if weight.as_ref().is_none_or(|x| !inside(x)) {
                 return wrong("from", "an earlier graft of this model", format!("`{name}`"));
             }
         }
