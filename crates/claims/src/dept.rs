@@ -5,7 +5,7 @@ use std::fmt::Write;
 use retune_core::random::{Random, Seed};
 use retune_train::training::Training;
 
-use crate::encoder::{Encoder, Sizes, Tokens};
+use crate::encoder::{Encoder, Sizes};
 use crate::lab::{Lab, Pace, Values, method};
 use crate::sentences::{FILLER, KEYS, VOCABULARY, document, pretrained, sentence};
 use crate::{Claim, Clock, Proof, Result, each, mean, side_by_side};
@@ -61,7 +61,7 @@ fn cost(clock: Clock, proof: &mut Proof) -> Result<()> {
         let mut random = seed.stream("cost", &[row as u64]);
         document(sentence(WORDS, &mut random), 0, row)
     });
-    let model = Encoder::new(Tokens::Words(VOCABULARY), WORDS, Sizes::of(WIDTH, 4), Some(2));
+    let model = Encoder::new(VOCABULARY, WORDS, Sizes::of(WIDTH, 4), Some(2));
     let lab = Lab::new(model, documents.collect(), seed);
     let rows: Vec<usize> = (0..8).collect();
     let mut table = "| | values | states a text | seconds a step |\n|---|---|---|---|\n".to_owned();
@@ -208,7 +208,7 @@ fn one_seed(seed: Seed, sizes: Sizes, base: &Values, arms: &mut [Arm]) -> Result
     let rows = |from: usize, count: usize| (from..from + count).collect::<Vec<usize>>();
     let (train, validation) = (rows(0, NUM_TRAIN), rows(NUM_TRAIN, NUM_VALIDATION));
     let (test, shifted) = (rows(num_plain - NUM_TEST, NUM_TEST), rows(num_plain, NUM_TEST));
-    let model = Encoder::new(Tokens::Words(VOCABULARY), LENGTH + SHIFT, sizes, Some(2));
+    let model = Encoder::new(VOCABULARY, LENGTH + SHIFT, sizes, Some(2));
     let mut lab = Lab::new(model, documents, seed);
     lab.set(base.clone());
 

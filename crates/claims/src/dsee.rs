@@ -8,7 +8,7 @@ use retune_core::parameters::Parameters;
 use retune_core::random::{Random, Seed};
 use retune_core::spec::{ModelSpec, Role};
 
-use crate::encoder::{Encoder, Sizes, Tokens};
+use crate::encoder::{Encoder, Sizes};
 use crate::lab::{Lab, Pace, Values, method};
 use crate::regression::{self, Regression};
 use crate::sentences::{VOCABULARY, WORDS, document, pretrained, sentence};
@@ -159,7 +159,7 @@ fn classifier(base: &Values, seed: Seed) -> Lab {
         let class = 2 * kind(2) + kind(9);
         document(words, class, row)
     });
-    let model = Encoder::new(Tokens::Words(VOCABULARY), LENGTH, sizes(), Some(4));
+    let model = Encoder::new(VOCABULARY, LENGTH, sizes(), Some(4));
     let mut lab = Lab::new(model, documents.collect(), seed);
     lab.set(base.clone());
     lab

@@ -1,4 +1,4 @@
-//! A small transformer that sees whole documents: rows of a picture, or words.
+//! A small transformer that sees whole documents of words.
 
 use std::sync::Arc;
 
@@ -11,19 +11,7 @@ use retune_core::spec::{Head, Kind, ModelSpec, Role, WeightSpec};
 use serde_json::Value;
 use tensor::Tensor;
 
-use crate::mlp::Inputs;
-use crate::pictures::{DIGITS, SIDE};
-
 const EPSILON: f64 = 1e-6;
-
-/// What an [`Encoder`] reads.
-#[derive(Debug, Clone)]
-pub(crate) enum Tokens {
-    /// Rows of numbers, projected to the model's width.
-    Rows(Inputs),
-    /// Words of a vocabulary of this size, embedded.
-    Words(usize),
-}
 
 /// Sizes of an [`Encoder`].
 #[derive(Debug, Clone, Copy)]
@@ -53,18 +41,17 @@ impl Sizes {
 #[derive(Debug)]
 pub(crate) struct Encoder {
     spec: Arc<ModelSpec>,
-    tokens: Tokens,
     attention: AttentionOptions,
 }
 
 impl Encoder {
-    /// Makes the model for 8 x 8 pictures whose rows are tokens.
-    pub(crate) fn of_pictures(pixels: Arc<[f32]>, sizes: Sizes) -> Self {
-        Self::new(Tokens::Rows(Inputs::new(pixels, SIDE)), SIDE, sizes, Some(DIGITS))
-    }
-
     /// Makes a model of documents up to `length` tokens; without classes it predicts words.
-    pub(crate) fn new(tokens: Tokens, length: usize, sizes: Sizes, classes: Option<usize>) -> Self {
+    pub(crate) fn new(
+        vocabulary: usize,
+        length: usize,
+        sizes: Sizes,
+        classes: Option<usize>,
+    ) -> Self {
         let Sizes { width, num_layers, num_heads, inner_width } = sizes;
         let mut weights = Vec::new();
         let mut add = |name: &str, shape: &[usize], kind, role, layer| {
@@ -77,17 +64,7 @@ impl Encoder {
             });
         };
         let linear = Kind::Linear { transposed: false };
-        let vocabulary = match &tokens {
-            Tokens::Rows(rows) => {
-                add("rows.weight", &[width, rows.width()], linear, Role::Embedding, None);
-                add("rows.bias", &[width], Kind::Bias, Role::Embedding, None);
-                rows.len()
-            }
-            Tokens::Words(count) => {
-                add("words.weight", &[*count, width], Kind::Embedding, Role::Embedding, None);
-                *count
-            }
-        };
+        add("words.weight", &[vocabulary, width], Kind::Embedding, Role::Embedding, None);
         add("positions.weight", &[length, width], Kind::Embedding, Role::Position, None);
         for index in 0..num_layers {
             let mut add = |name: &str, shape: &[usize], kind, role| {
@@ -137,17 +114,7 @@ impl Encoder {
             causal: false,
             ..AttentionOptions::causal(num_heads, num_heads, head_width)
         };
-        Self { spec: Arc::new(spec), tokens, attention }
-    }
-
-    /// Says that the head is no new one, so that methods do not train it beside what they change.
-    pub(crate) fn with_known_head(mut self) -> Self {
-        for weight in &mut Arc::make_mut(&mut self.spec).weights {
-            if weight.role == Role::Head {
-                weight.role = Role::Pooler;
-            }
-        }
-        self
+        Self { spec: Arc::new(spec), attention }
     }
 }
 
@@ -158,13 +125,7 @@ impl Model for Encoder {
 
     fn embed(&self, pass: &mut Pass<'_>) -> Result<Tensor<2>> {
         let batch = pass.batch();
-        let x = match &self.tokens {
-            Tokens::Rows(inputs) => {
-                let rows = inputs.read(pass);
-                pass.linear("rows", rows)?
-            }
-            Tokens::Words(_) => pass.embed("words", &batch.tokens)?,
-        };
+        let x = pass.embed("words", &batch.tokens)?;
         // Positions are those of the document: what a method lays before it must not move them.
         let positions: Vec<u32> = batch.positions.iter().map(|place| *place as u32).collect();
         let x = x + pass.embed("positions", &positions)?;

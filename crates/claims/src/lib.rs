@@ -12,7 +12,6 @@ mod dsee;
 mod encoder;
 mod error;
 mod grafting;
-mod id3;
 mod lab;
 mod locft;
 mod lt_sft;
@@ -92,7 +91,6 @@ impl Proof {
 
 /// All claims, by number.
 pub const CLAIMS: &[Claim] = &[
-    id3::CLAIM,
     survey::CLAIM,
     grafting::CLAIM,
     spiel::CLAIM,

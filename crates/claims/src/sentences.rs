@@ -4,7 +4,7 @@ use retune_core::batch::Document;
 use retune_core::random::{Random, Seed};
 
 use crate::Result;
-use crate::encoder::{Encoder, Sizes, Tokens};
+use crate::encoder::{Encoder, Sizes};
 use crate::lab::{Lab, Pace, Values};
 
 /// Words of the language.
@@ -70,7 +70,7 @@ pub(crate) fn pretrained(
         documents.push(document(words, 0, row));
         targets.push(wanted);
     }
-    let model = Encoder::new(Tokens::Words(VOCABULARY), length, sizes, None);
+    let model = Encoder::new(VOCABULARY, length, sizes, None);
     let mut lab = Lab::new(model, documents, seed).with_targets(targets);
     let rows: Vec<usize> = (0..count).collect();
     lab.pretrain(&rows, pace, seed)?;
