@@ -42,6 +42,8 @@ options! {
         norm_weight: f64 = 1e-4, in 0.0..=1.0;
         /// Temperature at which predictions are compared with the base's.
         temperature: f64 = 1.0, in 0.01..=100.0;
+        /// Whether the head of a classifier trains beside; a new one has to.
+        train_head: bool = true;
     }
 }
 
@@ -131,6 +133,14 @@ fn keep_probability(a: f32, b: f32) -> f32 {
 }
 
 impl RAmt {
+    fn heads<'a>(
+        &self,
+        spec: &'a ModelSpec,
+        chosen: &[&WeightSpec],
+    ) -> Result<Vec<(String, &'a WeightSpec)>> {
+        if self.options.train_head { sparse::heads(spec, chosen) } else { Ok(Vec::new()) }
+    }
+
     fn chosen<'a>(&self, spec: &'a ModelSpec) -> Result<Vec<&'a WeightSpec>> {
         let o = &self.options;
         let names =
@@ -189,7 +199,7 @@ impl Method for RAmt {
             trains: true,
         };
         let mut parameters: Vec<PlannedParameter> = chosen.iter().map(planned).collect();
-        parameters.extend(sparse::plan_heads(&sparse::heads(spec, &chosen)?));
+        parameters.extend(sparse::plan_heads(&self.heads(spec, &chosen)?));
         let gap = self.options.start - self.options.threshold;
         let notes = vec![format!("a weight is off once its score has moved by {gap:e}")];
         Ok(MethodPlan { parameters, notes })
@@ -211,7 +221,7 @@ impl Method for RAmt {
             let threshold = self.options.threshold;
             changes.change_weight(&weight.name, Mask { scores, threshold });
         }
-        let heads = sparse::heads(&spec, &chosen)?;
+        let heads = self.heads(&spec, &chosen)?;
         sparse::attach_heads(&heads, weights, parameters, &mut changes)?;
         Ok(changes)
     }
