@@ -106,6 +106,11 @@ impl Pace {
         Self::steps((passes * count / batch) as u64, batch, rate)
     }
 
+    /// Falls along half a cosine.
+    pub(crate) const fn cosine(self) -> Self {
+        Self { shape: Shape::Cosine, ..self }
+    }
+
     /// Keeps the rate as it is.
     pub(crate) const fn constant(self) -> Self {
         Self { shape: Shape::Constant, ..self }
@@ -124,9 +129,9 @@ pub(crate) struct Tuning {
 }
 
 /// A model with its weights and data.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Lab {
-    pub(crate) model: Box<dyn Model>,
+    pub(crate) model: Arc<dyn Model>,
     documents: Vec<Document>,
     /// What each token of each document should predict, where that is not the next one.
     targets: Option<Vec<Vec<Option<u32>>>>,
@@ -137,7 +142,7 @@ impl Lab {
     /// Makes a lab with drawn weights; rows are places in `documents`.
     pub(crate) fn new(model: impl Model + 'static, documents: Vec<Document>, seed: Seed) -> Self {
         let values = Held::draw(model.spec(), seed);
-        Self { model: Box::new(model), documents, targets: None, values }
+        Self { model: Arc::new(model), documents, targets: None, values }
     }
 
     /// Says what each token of each document predicts: masked words at their own places.
@@ -172,6 +177,13 @@ impl Lab {
     /// Replaces weights.
     pub(crate) fn set(&mut self, values: Values) {
         self.values.extend(values);
+    }
+
+    /// Returns a lab with other weights.
+    pub(crate) fn with(&self, values: Values) -> Self {
+        let mut lab = self.clone();
+        lab.set(values);
+        lab
     }
 
     /// Opens the weights as they stand.

@@ -8,10 +8,12 @@ mod compeft;
 mod encoder;
 mod error;
 mod lab;
+mod mask_tuning;
 mod mlp;
 mod page;
 mod pictures;
 mod prefix_identity;
+mod seeds;
 mod ssf;
 mod survey;
 
@@ -75,7 +77,8 @@ impl Proof {
 }
 
 /// All claims, by number.
-pub const CLAIMS: &[Claim] = &[survey::CLAIM, prefix_identity::CLAIM, ssf::CLAIM, compeft::CLAIM];
+pub const CLAIMS: &[Claim] =
+    &[survey::CLAIM, prefix_identity::CLAIM, ssf::CLAIM, mask_tuning::CLAIM, compeft::CLAIM];
 
 /// Writes figures of several seeds, to three places.
 fn each(values: &[f64]) -> String {
