@@ -36,17 +36,24 @@ pub(crate) struct Sizes {
     pub(crate) num_heads: usize,
     /// Width inside the feed-forward network.
     pub(crate) inner_width: usize,
+    /// Whether every linear layer has a bias, and norms are LayerNorms with theirs.
+    pub(crate) biases: bool,
 }
 
 impl Sizes {
     /// Gives a feed-forward network twice as wide as the model, and heads of 8 or 16.
     pub(crate) fn of(width: usize, num_layers: usize) -> Self {
-        Self { width, num_layers, num_heads: 4, inner_width: 2 * width }
+        Self { width, num_layers, num_heads: 4, inner_width: 2 * width, biases: false }
+    }
+
+    /// Gives biases to all linear layers and norms, as encoders usually have them.
+    pub(crate) fn with_biases(self) -> Self {
+        Self { biases: true, ..self }
     }
 }
 
-/// Pre-norm blocks as in Llama (SwiGLU, norms without biases), learned positions, every token sees
-/// every other.
+/// Pre-norm blocks as in Llama (SwiGLU, norms without biases; or LayerNorms and biases everywhere),
+/// learned positions, every token sees every other.
 ///
 /// Its head reads the mean over a document's tokens, and documents are all as long as the first;
 /// or it predicts words, each at its own place.
@@ -55,6 +62,7 @@ pub(crate) struct Encoder {
     spec: Arc<ModelSpec>,
     tokens: Tokens,
     attention: AttentionOptions,
+    biases: bool,
 }
 
 impl Encoder {
@@ -65,7 +73,7 @@ impl Encoder {
 
     /// Makes a model of documents up to `length` tokens; without classes it predicts words.
     pub(crate) fn new(tokens: Tokens, length: usize, sizes: Sizes, classes: Option<usize>) -> Self {
-        let Sizes { width, num_layers, num_heads, inner_width } = sizes;
+        let Sizes { width, num_layers, num_heads, inner_width, biases } = sizes;
         let mut weights = Vec::new();
         let mut add = |name: &str, shape: &[usize], kind, role, layer| {
             weights.push(WeightSpec {
@@ -92,6 +100,10 @@ impl Encoder {
         for index in 0..num_layers {
             let mut add = |name: &str, shape: &[usize], kind, role| {
                 add(&format!("layers.{index}.{name}.weight"), shape, kind, role, Some(index));
+                if biases {
+                    let name = format!("layers.{index}.{name}.bias");
+                    add(&name, &shape[..1], Kind::Bias, role, Some(index));
+                }
             };
             let square = [width, width];
             add("input_layernorm", &[width], Kind::Norm, Role::Norm);
@@ -105,6 +117,9 @@ impl Encoder {
             add("mlp.down_proj", &[width, inner_width], linear, Role::Down);
         }
         add("norm.weight", &[width], Kind::Norm, Role::Norm, None);
+        if biases {
+            add("norm.bias", &[width], Kind::Bias, Role::Norm, None);
+        }
         let outputs = classes.unwrap_or(vocabulary);
         add("head.weight", &[outputs, width], linear, Role::Head, None);
         let head = match classes {
@@ -136,7 +151,15 @@ impl Encoder {
             causal: false,
             ..AttentionOptions::causal(num_heads, num_heads, head_width)
         };
-        Self { spec: Arc::new(spec), tokens, attention }
+        Self { spec: Arc::new(spec), tokens, attention, biases }
+    }
+
+    fn norm(&self, pass: &mut Pass<'_>, module: &str, x: Tensor<2>) -> Result<Tensor<2>> {
+        if self.biases {
+            pass.layer_norm(module, x, EPSILON)
+        } else {
+            pass.rms_norm(module, x, EPSILON, 0.0)
+        }
     }
 
     /// Says that the head is no new one, so that methods do not train it beside what they change.
@@ -172,7 +195,7 @@ impl Model for Encoder {
 
     fn layer(&self, pass: &mut Pass<'_>, index: usize, x: Tensor<2>) -> Result<Tensor<2>> {
         let block = format!("layers.{index}");
-        let h = pass.rms_norm(&format!("{block}.input_layernorm"), x.clone(), EPSILON, 0.0)?;
+        let h = self.norm(pass, &format!("{block}.input_layernorm"), x.clone())?;
         let h = pass.sublayer(index, Sublayer::Attention, h, |pass, h| {
             let q = pass.linear(&format!("{block}.self_attn.q_proj"), h.clone())?;
             let k = pass.linear(&format!("{block}.self_attn.k_proj"), h.clone())?;
@@ -182,8 +205,7 @@ impl Model for Encoder {
             pass.linear(&format!("{block}.self_attn.o_proj"), heads)
         })?;
         let x = x + h;
-        let norm = format!("{block}.post_attention_layernorm");
-        let h = pass.rms_norm(&norm, x.clone(), EPSILON, 0.0)?;
+        let h = self.norm(pass, &format!("{block}.post_attention_layernorm"), x.clone())?;
         let h = pass.sublayer(index, Sublayer::FeedForward, h, |pass, h| {
             let gate = pass.linear(&format!("{block}.mlp.gate_proj"), h.clone())?;
             let up = pass.linear(&format!("{block}.mlp.up_proj"), h)?;
@@ -195,7 +217,7 @@ impl Model for Encoder {
     }
 
     fn finish(&self, pass: &mut Pass<'_>, x: Tensor<2>) -> Result<Output> {
-        let x = pass.rms_norm("norm", x, EPSILON, 0.0)?;
+        let x = self.norm(pass, "norm", x)?;
         let x = pass.at(Site::Final, x);
         if matches!(self.spec.head, Head::Language { .. }) {
             return Ok(Output::States(x));

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use retune_core::batch::{Batch, Document};
 use retune_core::change::Changes;
-use retune_core::event::Silent;
+use retune_core::event::{Observer, Silent};
 use retune_core::method::Method;
 use retune_core::model::{Model, Output, Tuned};
 use retune_core::parameters::{Parameters, to_vec};
@@ -15,7 +15,7 @@ use retune_core::weights::{Packing, Stored, WeightSource, Weights};
 use retune_methods::registry;
 use retune_train::optimizer::AdamW;
 use retune_train::schedule::{Schedule, Shape};
-use retune_train::training::{BatchSource, Training, Walk};
+use retune_train::training::{BatchSource, Training, Validation, Walk};
 use tensor::Device;
 
 use crate::pictures::Pictures;
@@ -117,6 +117,23 @@ impl Pace {
     }
 }
 
+/// Who watches a tuning.
+pub(crate) struct Watch<'a> {
+    /// Steps between two measurements; 0 is one at the end.
+    pub(crate) every: u64,
+    /// What is measured.
+    pub(crate) validation: Option<&'a mut dyn Validation>,
+    /// Who is told of every step.
+    pub(crate) observer: &'a mut dyn Observer,
+}
+
+impl<'a> Watch<'a> {
+    /// Measures nothing.
+    pub(crate) fn nothing(observer: &'a mut dyn Observer) -> Self {
+        Self { every: 0, validation: None, observer }
+    }
+}
+
 /// What a tuning left.
 #[derive(Debug)]
 pub(crate) struct Tuning {
@@ -141,8 +158,13 @@ pub(crate) struct Lab {
 impl Lab {
     /// Makes a lab with drawn weights; rows are places in `documents`.
     pub(crate) fn new(model: impl Model + 'static, documents: Vec<Document>, seed: Seed) -> Self {
+        Self::of(Arc::new(model), documents, seed)
+    }
+
+    /// Makes a lab of a model of the program.
+    pub(crate) fn of(model: Arc<dyn Model>, documents: Vec<Document>, seed: Seed) -> Self {
         let values = Held::draw(model.spec(), seed);
-        Self { model: Arc::new(model), documents, targets: None, values }
+        Self { model, documents, targets: None, values }
     }
 
     /// Says what each token of each document predicts: masked words at their own places.
@@ -184,6 +206,21 @@ impl Lab {
         let mut lab = self.clone();
         lab.set(values);
         lab
+    }
+
+    /// Returns a document.
+    pub(crate) fn document(&self, row: usize) -> &Document {
+        &self.documents[row]
+    }
+
+    /// Gives `rows` in a new order each pass.
+    pub(crate) fn source<'a>(
+        &'a self,
+        rows: &'a [usize],
+        pace: Pace,
+        seed: Seed,
+    ) -> impl BatchSource + 'a {
+        Shuffled::new(self, rows, pace.batch, seed)
     }
 
     /// Opens the weights as they stand.
@@ -239,15 +276,42 @@ impl Lab {
         seed: Seed,
         look: impl FnOnce(&Training<'_>) -> Result<T>,
     ) -> Result<T> {
+        let mut batches = self.source(rows, pace, seed);
+        self.walk(method, &mut batches, pace, seed, Watch::nothing(&mut Silent), look)
+    }
+
+    /// Tunes with a method on batches of any kind, while someone watches.
+    ///
+    /// # Errors
+    /// Those of the method, of training and of `look`.
+    pub(crate) fn walk<T>(
+        &self,
+        method: Box<dyn Method>,
+        batches: &mut dyn BatchSource,
+        pace: Pace,
+        seed: Seed,
+        watch: Watch<'_>,
+        look: impl FnOnce(&Training<'_>) -> Result<T>,
+    ) -> Result<T> {
         let weights = self.weights()?;
-        let mut batches = Shuffled::new(self, rows, pace.batch, seed);
         let folder = tempfile::tempdir()?;
         let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
-        let walk = walk(pace, seed, folder.path());
+        let walk = Walk { evaluate_every: watch.every, ..walk(pace, seed, folder.path()) };
         let model = self.model.as_ref();
         let mut training = Training::new(model, &weights, method, Box::new(optimizer), walk)?;
-        training.walk(&mut batches, None, &mut Silent)?;
+        training.walk(batches, watch.validation, watch.observer)?;
         look(&training)
+    }
+
+    /// Looks at the model as it stands.
+    ///
+    /// # Errors
+    /// If the weights do not fit; those of `look`.
+    pub(crate) fn plain<T>(&self, look: impl FnOnce(&Tuned<'_>) -> Result<T>) -> Result<T> {
+        let weights = self.weights()?;
+        let (changes, parameters) = (Changes::default(), Parameters::new(weights.device()));
+        let model = self.model.as_ref();
+        look(&Tuned { model, weights: &weights, changes: &changes, parameters: &parameters })
     }
 
     /// Works the changes into the weights.
@@ -286,13 +350,7 @@ impl Lab {
     /// # Errors
     /// If the weights do not fit.
     pub(crate) fn scores(&self, rows: &[usize]) -> Result<Vec<f32>> {
-        let weights = self.weights()?;
-        let (changes, parameters) = (Changes::default(), Parameters::new(weights.device()));
-        let model = self.model.as_ref();
-        self.logits(
-            &Tuned { model, weights: &weights, changes: &changes, parameters: &parameters },
-            rows,
-        )
+        self.plain(|tuned| self.logits(tuned, rows))
     }
 
     /// Returns the share of `rows` whose class is found.

@@ -4,10 +4,10 @@ use std::fmt::Write;
 
 use retune_core::random::Seed;
 
+use crate::contest::{Rows, each_seed};
 use crate::lab::{Lab, Pace, method};
 use crate::mlp::Mlp;
 use crate::pictures::{DIGITS, PIXELS, Pictures};
-use crate::seeds::each_seed;
 use crate::{Claim, Clock, Proof, Result, each, mean};
 
 /// The claim.
@@ -103,14 +103,14 @@ fn one_seed(seed: Seed) -> Result<Found> {
     let mut lab = Lab::of_pictures(model, &pictures, seed);
     let upstream: Vec<usize> = (0..900).collect();
     lab.pretrain(&upstream, Pace::passes(20, 900, 32, 1e-3), seed)?;
-    let (train, test) = shots(&pictures, count);
-    let mut found = Found { zero_shot: lab.accuracy(&test)?, arms: Vec::new(), changed: 0 };
+    let rows = shots(&pictures, count);
+    let mut found = Found { zero_shot: lab.accuracy(&rows.test)?, arms: Vec::new(), changed: 0 };
     for (rate, drop) in ARMS {
         let options = format!(
             "targets = ['layers.1', 'layers.2', 'layers.3']\ntrain_head = false\ndrop = {drop:?}"
         );
-        let pace = Pace::passes(30, train.len(), 32, rate).cosine();
-        let tuned = lab.tune(method("r-amt", &options)?, &train, pace, seed, &[])?.merged;
+        let pace = Pace::passes(30, rows.train.len(), 32, rate).cosine();
+        let tuned = lab.tune(method("r-amt", &options)?, &rows.train, pace, seed, &[])?.merged;
         let (mut off, mut masked) = (0, 0);
         for (name, values) in &tuned {
             let base = &lab.values()[name];
@@ -124,14 +124,14 @@ fn one_seed(seed: Seed) -> Result<Found> {
                 found.changed += usize::from(*value != 0.0);
             }
         }
-        let accuracy = lab.with(tuned).accuracy(&test)?;
+        let accuracy = lab.with(tuned).accuracy(&rows.test)?;
         found.arms.push((accuracy, off as f64 / masked as f64));
     }
     Ok(found)
 }
 
 /// Chooses the first pictures of each class behind the 900 of the base; the rest is measured.
-fn shots(pictures: &Pictures, count: usize) -> (Vec<usize>, Vec<usize>) {
+fn shots(pictures: &Pictures, count: usize) -> Rows {
     let (mut train, mut test) = (Vec::new(), Vec::new());
     let mut taken = [0; DIGITS];
     for row in count + 900..2 * count {
@@ -143,5 +143,5 @@ fn shots(pictures: &Pictures, count: usize) -> (Vec<usize>, Vec<usize>) {
             test.push(row);
         }
     }
-    (train, test)
+    Rows { train, validation: Vec::new(), test }
 }

@@ -13,7 +13,7 @@ use crate::adapter::PREFIX;
 use crate::registry;
 use crate::state::block::{Bottleneck, Nonlinearity, Plan};
 use crate::state::sublayer::{Adapter, Insertion};
-use crate::state::{Form, Made, Slot, Start, StateMethod};
+use crate::state::{Form, Made, Slot, Start, StateMethod, layers};
 
 choice! {
     /// Which modules stand inside the layers.
@@ -60,6 +60,8 @@ options! {
         inside: Inside = Inside::Pfeiffer;
         /// Width of the bottlenecks inside.
         inside_size: usize = 8, in 1..=65536;
+        /// Only these layers have modules inside, counted from 0; empty means all.
+        inside_layers: Vec<usize> = Vec::new();
         /// What one branch aside spans.
         aside: Span = Span::Layer;
         /// What a branch aside computes.
@@ -125,10 +127,12 @@ impl Iaa {
             units.push(Unit { name, site: Site::Output(layer, sublayer), kind });
         };
         let both = [Sublayer::Attention, Sublayer::FeedForward];
+        let with_inside = layers(spec, &self.inside_layers, "method.iaa.inside_layers")?;
         for layer in 0..spec.num_layers {
             for sublayer in both {
                 let is_last = sublayer == Sublayer::FeedForward;
                 let inside = match self.inside {
+                    _ if !with_inside.contains(&layer) => None,
                     Inside::None => None,
                     Inside::Parallel => is_last.then_some(Insertion::Parallel),
                     Inside::Pfeiffer => is_last.then_some(Insertion::Sequential),
@@ -187,7 +191,7 @@ impl StateMethod for Iaa {
         &[
             "inside_size = 4\naside_size = 3",
             "inside = 'houlsby'\ninside_size = 3\naside = 'sub-layer'\nbranch = 'skip'",
-            "inside = 'parallel'\naside = 'block'\naside_size = 4\nactivation = 'tanh'",
+            "inside = 'parallel'\ninside_layers = [1]\naside = 'block'\naside_size = 4\nactivation = 'tanh'",
             "inside = 'none'\naside = 'block'\nblock = 1\nbranch = 'skip'",
         ]
     }
