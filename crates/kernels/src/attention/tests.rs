@@ -59,7 +59,12 @@ fn fast_is_the_reference() {
         let longest = source.pick(&[3, 20, 80]);
         let documents = source.between(1, 4);
         let mut case = case(&mut source, documents, longest);
-        while case.queries.tokens() == 0 || case.keys.tokens() == 0 {
+        // Where no query has a key the output is a constant, which has no gradient.
+        let sees = |case: &Case| {
+            let mut documents = case.queries.iter().zip(case.keys.iter());
+            documents.any(|(queries, keys)| !queries.is_empty() && !keys.is_empty())
+        };
+        while !sees(&case) {
             case = self::case(&mut source, documents, longest);
         }
         for input in &mut case.inputs {
