@@ -37,6 +37,7 @@ mod squared_norm;
 mod table;
 pub mod tape;
 mod tile;
+mod turn;
 pub mod work;
 
 pub use activation::{Activation, activate};

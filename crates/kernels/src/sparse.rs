@@ -11,8 +11,9 @@ use crate::buffer::Buffer;
 use crate::matrix::{Arithmetic, PackedMatrix, product, product_nt, product_tn};
 use crate::parallel::{each, rows_of};
 use crate::recompute::Kept;
-use crate::simd::{self, dot, fma};
+use crate::simd::{self, fma};
 use crate::tape::{Operation, apply, from_values, is_fast, values};
+use crate::turn::{self, BLOCK, STRIP, add_turned, turn, turned};
 
 /// Looks at the whole gradient of a sparsely changed weight while it exists.
 ///
@@ -147,12 +148,6 @@ fn check(changes: &Tensor<1>, entries: &SparseEntries, [rows, columns]: [usize; 
     }
 }
 
-/// Tokens handled at once: a row of the turned block fills four cache lines.
-const BLOCK: usize = 64;
-
-/// Columns turned at once: one cache line of a token's row, so that no line is touched twice.
-const STRIP: usize = 16;
-
 /// Tokens below which each entry is multiplied by itself.
 const FEW: usize = 8;
 
@@ -160,47 +155,7 @@ const FEW: usize = 8;
 const FORMED: usize = 32;
 
 /// Entries of one task where their gradient is computed.
-const TASK: usize = 1 << 12;
-
-/// Turns `[tokens, width]` into blocks of `[width, BLOCK]`, the last one filled up with zeros.
-fn turned(x: &[f32], width: usize) -> Buffer {
-    let tokens = x.len() / width.max(1);
-    let mut out = Buffer::dirty(tokens.div_ceil(BLOCK) * BLOCK * width);
-    if !out.is_empty() {
-        each(out.chunks_mut(width * BLOCK).zip(x.chunks(width * BLOCK)), |(out, x)| {
-            for (strip, out) in out.chunks_mut(STRIP * BLOCK).enumerate() {
-                turn(x, width, strip * STRIP, out);
-            }
-        });
-    }
-    out
-}
-
-/// Writes columns from `first` on of `[tokens, width]` as `[columns, BLOCK]`, zero beyond the last
-/// token.
-#[inline(always)]
-fn turn(x: &[f32], width: usize, first: usize, out: &mut [f32]) {
-    let count = out.len() / BLOCK;
-    if x.len() < width * BLOCK {
-        out.fill(0.0);
-    }
-    for (token, row) in x.chunks_exact(width).enumerate() {
-        for (column, value) in row[first..first + count].iter().enumerate() {
-            out[column * BLOCK + token] = *value;
-        }
-    }
-}
-
-/// Adds `[columns, BLOCK]` to columns from `first` on of `[tokens, width]`.
-#[inline(always)]
-fn add_turned(sums: &[f32], width: usize, first: usize, out: &mut [f32]) {
-    let count = sums.len() / BLOCK;
-    for (token, row) in out.chunks_exact_mut(width).enumerate() {
-        for (column, out) in row[first..first + count].iter_mut().enumerate() {
-            *out += sums[column * BLOCK + token];
-        }
-    }
-}
+const TASK: usize = 1 << 11;
 
 /// Entries of up to [`STRIP`] neighbouring rows of a weight.
 struct Strip {
@@ -225,6 +180,7 @@ fn strips(indices: &[u32], rows: usize, columns: usize) -> impl Iterator<Item = 
     })
 }
 
+#[inline(always)]
 fn lane_row(block: &[f32], row: usize) -> &[f32] {
     &block[row * BLOCK..][..BLOCK]
 }
@@ -272,7 +228,7 @@ fn forward_body<const LANES: usize, const FMA: bool>(
             }
             sums[row * BLOCK..][..BLOCK].copy_from_slice(&sum);
         });
-        add_turned(&sums[..length], rows, first, y);
+        add_turned::<FMA>(&sums[..length], rows, first, y);
     }
 }
 
@@ -288,7 +244,7 @@ fn input_body<const LANES: usize, const FMA: bool>(
 ) {
     let mut turned = [0.0; STRIP * BLOCK];
     for strip in strips(indices, rows, columns) {
-        turn(dy, rows, strip.first, &mut turned[..strip.length]);
+        turn::<FMA>(dy, rows, strip.first, &mut turned[..strip.length]);
         for_rows(strip, indices, columns, |row, start, places| {
             let dy = lane_row(&turned, row);
             for (index, change) in indices[places.clone()].iter().zip(&changes[places]) {
@@ -301,6 +257,9 @@ fn input_body<const LANES: usize, const FMA: bool>(
     }
 }
 
+/// Sums of one entry's gradient on their way; their total is the gradient.
+const PARTS: usize = 8;
+
 /// Adds each entry's gradient of one block of tokens to `sums`.
 #[inline(always)]
 fn entries_body<const LANES: usize, const FMA: bool>(
@@ -309,15 +268,26 @@ fn entries_body<const LANES: usize, const FMA: bool>(
     x: &[f32],
     dy: &[f32],
     rows: usize,
-    sums: &mut [f32],
+    sums: &mut [[f32; PARTS]],
 ) {
     let mut turned = [0.0; STRIP * BLOCK];
     for strip in strips(indices, rows, columns) {
-        turn(dy, rows, strip.first, &mut turned[..strip.length]);
+        turn::<FMA>(dy, rows, strip.first, &mut turned[..strip.length]);
         for_rows(strip, indices, columns, |row, start, places| {
-            let dy = lane_row(&turned, row);
-            for (index, sum) in indices[places.clone()].iter().zip(&mut sums[places]) {
-                *sum += dot::<LANES, FMA>(lane_row(x, *index as usize - start), dy);
+            let dy = lane_row(&turned, row).as_chunks::<PARTS>().0;
+            for (index, sums) in indices[places.clone()].iter().zip(&mut sums[places]) {
+                let x = lane_row(x, *index as usize - start).as_chunks::<PARTS>().0;
+                // Two chains: each addition waits for the one before it.
+                let (mut even, mut odd) = (*sums, [0.0; PARTS]);
+                for (x, dy) in x.as_chunks::<2>().0.iter().zip(dy.as_chunks::<2>().0) {
+                    for part in 0..PARTS {
+                        even[part] = fma::<FMA>(x[0][part], dy[0][part], even[part]);
+                        odd[part] = fma::<FMA>(x[1][part], dy[1][part], odd[part]);
+                    }
+                }
+                for part in 0..PARTS {
+                    sums[part] = even[part] + odd[part];
+                }
             }
         });
     }
@@ -346,7 +316,7 @@ simd::versions! {
         x: &[f32],
         dy: &[f32],
         rows: usize,
-        sums: &mut [f32],
+        sums: &mut [[f32; PARTS]],
     ) = entries_body;
 }
 
@@ -394,9 +364,7 @@ impl Linear {
         each(dy.chunks(rows * BLOCK).zip(dx.chunks_mut(columns * BLOCK)), |(dy, dx)| {
             let mut block = Buffer::zeros(columns * BLOCK);
             input_block(indices, changes, columns, dy, rows, &mut block);
-            for (strip, block) in block.chunks(STRIP * BLOCK).enumerate() {
-                add_turned(block, columns, strip * STRIP, dx);
-            }
+            turn::add_all(&block, columns, dx);
         });
     }
 
@@ -428,15 +396,15 @@ impl Linear {
 
 /// Returns the weight's gradient at some entries; `x` is in turned blocks, `dy` is `[tokens, rows]`.
 fn gradient_at(indices: &[u32], x: &[f32], dy: &[f32], [rows, columns]: [usize; 2]) -> Vec<f32> {
-    let mut sums = vec![0.0; indices.len()];
-    if !x.is_empty() {
-        each(indices.chunks(TASK).zip(sums.chunks_mut(TASK)), |(indices, sums)| {
-            for (x, dy) in x.chunks(columns * BLOCK).zip(dy.chunks(rows * BLOCK)) {
-                entries_block(indices, columns, x, dy, rows, sums);
-            }
-        });
-    }
-    sums
+    let mut gradient = vec![0.0; indices.len()];
+    each(indices.chunks(TASK).zip(gradient.chunks_mut(TASK)), |(indices, gradient)| {
+        let mut sums = vec![[0.0; PARTS]; indices.len()];
+        for (x, dy) in x.chunks(columns * BLOCK).zip(dy.chunks(rows * BLOCK)) {
+            entries_block(indices, columns, x, dy, rows, &mut sums);
+        }
+        gradient.iter_mut().zip(sums).for_each(|(gradient, sums)| *gradient = simd::sum(sums));
+    });
+    gradient
 }
 
 /// Adds `S · x` of a few tokens, which would leave most of a block idle.
