@@ -12,6 +12,7 @@ mod dsee;
 mod encoder;
 mod error;
 mod grafting;
+mod id3;
 mod lab;
 mod locft;
 mod lt_sft;
@@ -91,6 +92,7 @@ impl Proof {
 
 /// All claims, by number.
 pub const CLAIMS: &[Claim] = &[
+    id3::CLAIM,
     survey::CLAIM,
     grafting::CLAIM,
     spiel::CLAIM,
