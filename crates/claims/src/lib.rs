@@ -12,6 +12,7 @@ mod dsee;
 mod encoder;
 mod error;
 mod grafting;
+mod hft;
 mod id3;
 mod lab;
 mod locft;
@@ -92,6 +93,7 @@ impl Proof {
 
 /// All claims, by number.
 pub const CLAIMS: &[Claim] = &[
+    hft::CLAIM,
     id3::CLAIM,
     survey::CLAIM,
     grafting::CLAIM,
