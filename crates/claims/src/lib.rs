@@ -12,6 +12,8 @@ mod dsee;
 mod encoder;
 mod error;
 mod grafting;
+mod hft;
+mod id3;
 mod lab;
 mod locft;
 mod lt_sft;
@@ -91,6 +93,8 @@ impl Proof {
 
 /// All claims, by number.
 pub const CLAIMS: &[Claim] = &[
+    hft::CLAIM,
+    id3::CLAIM,
     survey::CLAIM,
     grafting::CLAIM,
     spiel::CLAIM,
