@@ -25,7 +25,7 @@ pub(crate) const CLAIM: Claim = Claim {
           swinging tones, slow or fast, chords) at random pitch, loudness and noise, 30 frames of 64 \
           log-mel bins; a transformer of 4 layers and width 64, a token per frame, pretrained on 800 \
           clips to tell 8 kinds of modulation (12 passes); tuned to tell direction and rate (5 \
-          classes) with 480 clips (6 passes of batches of 16), and with 4 and 16 clips of each class \
+          classes) with 480 clips (20 passes of batches of 16), and with 4 and 16 clips of each class \
           (40 steps). New head, read from the mean of all tokens, in every method. Rates are the study's \
           (prompts 1e-2, the others 5e-3; full tuning 1e-3); probe and BitFit take the better of two \
           on 120 clips. Measured on 400; five seeds.",
@@ -34,6 +34,7 @@ pub(crate) const CLAIM: Claim = Claim {
 };
 
 const NUM_SEEDS: u64 = 5;
+const PASSES: usize = 20;
 const CLEAN: usize = 804;
 const TRAIN: usize = 480;
 const VALIDATION: usize = 120;
@@ -125,6 +126,14 @@ fn prove(_clock: Clock) -> Result<Proof> {
             gain > 0.0,
         );
     }
+    let gained = mean("full") - mean("linear probe");
+    if gained < 0.05 {
+        proof.notes.push(format!(
+            "Full tuning itself is only {gained:+.3} above the linear probe: what is asked is hardly \
+             learned beyond the kind of sound, which alone gives 0.667, so that this says little about \
+             adapters."
+        ));
+    }
     proof.notes.push(format!(
         "The parallel adapter differs from LoRA by {:+.3}, with 16 clips of each class by {:+.3}, with \
          4 by {:+.3}; this is reported, not asserted.",
@@ -162,7 +171,7 @@ fn one_seed(seed: Seed) -> Result<Vec<Vec<Reached>>> {
         validation: part(CLEAN + TRAIN, VALIDATION),
         test: part(CLEAN + TRAIN + VALIDATION, TEST),
     };
-    let pace = Pace::passes(6, TRAIN, 16, 0.0).cosine();
+    let pace = Pace::passes(PASSES, TRAIN, 16, 0.0).cosine();
     let reach = |arm: &Arm| arm.reach(&lab, &rows, pace, seed);
     let all = ARMS.iter().map(reach).collect::<Result<Vec<Reached>>>()?;
     let mut found = vec![all.clone()];

@@ -197,7 +197,7 @@ fn searches(space: &Space, all: &[Configuration], proof: &mut Proof) -> Result<(
         needed.is_some_and(|needed| needed <= 28),
     );
     front(space, all, proof);
-    let mut by_hand = Vec::new();
+    let (mut by_hand, mut better) = (Vec::new(), 0);
     for (name, sizes) in [
         ("serial adapters of 16", [3, 0, 0]),
         ("parallel adapters of 16", [0, 3, 0]),
@@ -212,12 +212,15 @@ fn searches(space: &Space, all: &[Configuration], proof: &mut Proof) -> Result<(
             within.map(|o| o[1]).fold(0.0, f64::max)
         };
         let best = mean(&found.iter().map(|(_, order)| best(order)).collect::<Vec<_>>());
+        better += usize::from(best > accuracy);
         by_hand.push(format!("{name} {accuracy:.3}, found {best:.3}"));
     }
     proof.notes.push(format!(
         "Made by hand, in all layers, against the best the guided searches found with as many \
-         parameters or fewer, on the mean: {}.",
-        by_hand.join("; ")
+         parameters or fewer, on the mean: {}. What was found is better than {better} of {}; this part \
+         of the claim is reported, not asserted.",
+        by_hand.join("; "),
+        by_hand.len()
     ));
     Ok(())
 }
