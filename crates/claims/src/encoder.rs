@@ -1,4 +1,4 @@
-//! A small transformer that sees whole documents of words.
+//! A small transformer that sees whole documents: of words, or of rows of numbers.
 
 use std::sync::Arc;
 
@@ -10,6 +10,8 @@ use retune_core::site::{Site, Sublayer};
 use retune_core::spec::{Head, Kind, ModelSpec, Role, WeightSpec};
 use serde_json::Value;
 use tensor::Tensor;
+
+use crate::mlp::Inputs;
 
 const EPSILON: f64 = 1e-6;
 
@@ -24,24 +26,34 @@ pub(crate) struct Sizes {
     pub(crate) num_heads: usize,
     /// Width inside the feed-forward network.
     pub(crate) inner_width: usize,
+    /// Whether every linear layer has a bias, and norms are LayerNorms with theirs.
+    pub(crate) biases: bool,
 }
 
 impl Sizes {
     /// Gives a feed-forward network twice as wide as the model, and heads of 8 or 16.
     pub(crate) fn of(width: usize, num_layers: usize) -> Self {
-        Self { width, num_layers, num_heads: 4, inner_width: 2 * width }
+        Self { width, num_layers, num_heads: 4, inner_width: 2 * width, biases: false }
+    }
+
+    /// Gives biases to all linear layers and norms, as encoders usually have them.
+    pub(crate) fn with_biases(self) -> Self {
+        Self { biases: true, ..self }
     }
 }
 
-/// Pre-norm blocks as in Llama (SwiGLU, norms without biases), learned positions, every token sees
-/// every other.
+/// Pre-norm blocks as in Llama (SwiGLU, norms without biases; or LayerNorms and biases everywhere),
+/// learned positions, every token sees every other.
 ///
 /// Its head reads the mean over a document's tokens, and documents are all as long as the first;
 /// or it predicts words, each at its own place.
 #[derive(Debug)]
 pub(crate) struct Encoder {
     spec: Arc<ModelSpec>,
+    /// Rows of numbers that stand where a model of words has its vocabulary.
+    inputs: Option<Inputs>,
     attention: AttentionOptions,
+    biases: bool,
 }
 
 impl Encoder {
@@ -52,7 +64,22 @@ impl Encoder {
         sizes: Sizes,
         classes: Option<usize>,
     ) -> Self {
-        let Sizes { width, num_layers, num_heads, inner_width } = sizes;
+        Self::reading(vocabulary, None, length, sizes, classes)
+    }
+
+    /// Makes a classifier whose tokens are rows of numbers, brought to the model's width.
+    pub(crate) fn of_rows(inputs: Inputs, length: usize, sizes: Sizes, classes: usize) -> Self {
+        Self::reading(inputs.len(), Some(inputs), length, sizes, Some(classes))
+    }
+
+    fn reading(
+        vocabulary: usize,
+        inputs: Option<Inputs>,
+        length: usize,
+        sizes: Sizes,
+        classes: Option<usize>,
+    ) -> Self {
+        let Sizes { width, num_layers, num_heads, inner_width, biases } = sizes;
         let mut weights = Vec::new();
         let mut add = |name: &str, shape: &[usize], kind, role, layer| {
             weights.push(WeightSpec {
@@ -64,11 +91,20 @@ impl Encoder {
             });
         };
         let linear = Kind::Linear { transposed: false };
-        add("words.weight", &[vocabulary, width], Kind::Embedding, Role::Embedding, None);
+        if let Some(inputs) = &inputs {
+            add("rows.weight", &[width, inputs.width()], linear, Role::Embedding, None);
+            add("rows.bias", &[width], Kind::Bias, Role::Embedding, None);
+        } else {
+            add("words.weight", &[vocabulary, width], Kind::Embedding, Role::Embedding, None);
+        }
         add("positions.weight", &[length, width], Kind::Embedding, Role::Position, None);
         for index in 0..num_layers {
             let mut add = |name: &str, shape: &[usize], kind, role| {
                 add(&format!("layers.{index}.{name}.weight"), shape, kind, role, Some(index));
+                if biases {
+                    let name = format!("layers.{index}.{name}.bias");
+                    add(&name, &shape[..1], Kind::Bias, role, Some(index));
+                }
             };
             let square = [width, width];
             add("input_layernorm", &[width], Kind::Norm, Role::Norm);
@@ -82,6 +118,9 @@ impl Encoder {
             add("mlp.down_proj", &[width, inner_width], linear, Role::Down);
         }
         add("norm.weight", &[width], Kind::Norm, Role::Norm, None);
+        if biases {
+            add("norm.bias", &[width], Kind::Bias, Role::Norm, None);
+        }
         let outputs = classes.unwrap_or(vocabulary);
         add("head.weight", &[outputs, width], linear, Role::Head, None);
         let head = match classes {
@@ -114,7 +153,25 @@ impl Encoder {
             causal: false,
             ..AttentionOptions::causal(num_heads, num_heads, head_width)
         };
-        Self { spec: Arc::new(spec), attention }
+        Self { spec: Arc::new(spec), inputs, attention, biases }
+    }
+
+    /// Says that the head is no new one, so that methods do not train it beside what they change.
+    pub(crate) fn with_known_head(mut self) -> Self {
+        for weight in &mut Arc::make_mut(&mut self.spec).weights {
+            if weight.role == Role::Head {
+                weight.role = Role::Pooler;
+            }
+        }
+        self
+    }
+
+    fn norm(&self, pass: &mut Pass<'_>, module: &str, x: Tensor<2>) -> Result<Tensor<2>> {
+        if self.biases {
+            pass.layer_norm(module, x, EPSILON)
+        } else {
+            pass.rms_norm(module, x, EPSILON, 0.0)
+        }
     }
 }
 
@@ -125,7 +182,13 @@ impl Model for Encoder {
 
     fn embed(&self, pass: &mut Pass<'_>) -> Result<Tensor<2>> {
         let batch = pass.batch();
-        let x = pass.embed("words", &batch.tokens)?;
+        let x = match &self.inputs {
+            Some(inputs) => {
+                let rows = inputs.read(pass);
+                pass.linear("rows", rows)?
+            }
+            None => pass.embed("words", &batch.tokens)?,
+        };
         // Positions are those of the document: what a method lays before it must not move them.
         let positions: Vec<u32> = batch.positions.iter().map(|place| *place as u32).collect();
         let x = x + pass.embed("positions", &positions)?;
@@ -134,7 +197,7 @@ impl Model for Encoder {
 
     fn layer(&self, pass: &mut Pass<'_>, index: usize, x: Tensor<2>) -> Result<Tensor<2>> {
         let block = format!("layers.{index}");
-        let h = pass.rms_norm(&format!("{block}.input_layernorm"), x.clone(), EPSILON, 0.0)?;
+        let h = self.norm(pass, &format!("{block}.input_layernorm"), x.clone())?;
         let h = pass.sublayer(index, Sublayer::Attention, h, |pass, h| {
             let q = pass.linear(&format!("{block}.self_attn.q_proj"), h.clone())?;
             let k = pass.linear(&format!("{block}.self_attn.k_proj"), h.clone())?;
@@ -144,8 +207,7 @@ impl Model for Encoder {
             pass.linear(&format!("{block}.self_attn.o_proj"), heads)
         })?;
         let x = x + h;
-        let norm = format!("{block}.post_attention_layernorm");
-        let h = pass.rms_norm(&norm, x.clone(), EPSILON, 0.0)?;
+        let h = self.norm(pass, &format!("{block}.post_attention_layernorm"), x.clone())?;
         let h = pass.sublayer(index, Sublayer::FeedForward, h, |pass, h| {
             let gate = pass.linear(&format!("{block}.mlp.gate_proj"), h.clone())?;
             let up = pass.linear(&format!("{block}.mlp.up_proj"), h)?;
@@ -157,7 +219,7 @@ impl Model for Encoder {
     }
 
     fn finish(&self, pass: &mut Pass<'_>, x: Tensor<2>) -> Result<Output> {
-        let x = pass.rms_norm("norm", x, EPSILON, 0.0)?;
+        let x = self.norm(pass, "norm", x)?;
         let x = pass.at(Site::Final, x);
         if matches!(self.spec.head, Head::Language { .. }) {
             return Ok(Output::States(x));

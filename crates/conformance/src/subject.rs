@@ -119,6 +119,7 @@ impl Subject {
                 learn,
                 token_types: None,
                 class: (classes > 0).then(|| random.below(classes.max(1)) as u32),
+                task: None,
                 row,
             }
         };
