@@ -136,13 +136,25 @@ pub(crate) struct Lab {
     /// What each token of each document should predict, where that is not the next one.
     targets: Option<Vec<Vec<Option<u32>>>>,
     values: Values,
+    packing: Packing,
 }
 
 impl Lab {
     /// Makes a lab with drawn weights; rows are places in `documents`.
     pub(crate) fn new(model: impl Model + 'static, documents: Vec<Document>, seed: Seed) -> Self {
+        Self::of(Arc::new(model), documents, seed)
+    }
+
+    /// Makes a lab of a model that is shared already, as the program's own are.
+    pub(crate) fn of(model: Arc<dyn Model>, documents: Vec<Document>, seed: Seed) -> Self {
         let values = Held::draw(model.spec(), seed);
-        Self { model: Arc::new(model), documents, targets: None, values }
+        Self { model, documents, targets: None, values, packing: Packing::default() }
+    }
+
+    /// Keeps frozen matrices in another form.
+    pub(crate) fn with_packing(mut self, packing: Packing) -> Self {
+        self.packing = packing;
+        self
     }
 
     /// Says what each token of each document predicts: masked words at their own places.
@@ -193,7 +205,7 @@ impl Lab {
     pub(crate) fn weights(&self) -> Result<Weights> {
         let spec = self.model.spec();
         let source = Arc::new(Held::new(spec, self.values.clone()));
-        Ok(Weights::new(source, Arc::clone(spec), Packing::default(), &Device::flex())?)
+        Ok(Weights::new(source, Arc::clone(spec), self.packing, &Device::flex())?)
     }
 
     /// Tunes with a method on `rows`, and looks at the rows of `probe` with it in force.
@@ -266,6 +278,17 @@ impl Lab {
         look(&training)
     }
 
+    /// Looks at the model as it stands.
+    ///
+    /// # Errors
+    /// If the weights do not fit; those of `look`.
+    pub(crate) fn plain<T>(&self, look: impl FnOnce(&Tuned<'_>) -> Result<T>) -> Result<T> {
+        let weights = self.weights()?;
+        let (changes, parameters) = (Changes::default(), Parameters::new(weights.device()));
+        let model = self.model.as_ref();
+        look(&Tuned { model, weights: &weights, changes: &changes, parameters: &parameters })
+    }
+
     /// Works the changes into the weights.
     ///
     /// # Errors
@@ -305,13 +328,7 @@ impl Lab {
     /// # Errors
     /// If the weights do not fit.
     pub(crate) fn scores(&self, rows: &[usize]) -> Result<Vec<f32>> {
-        let weights = self.weights()?;
-        let (changes, parameters) = (Changes::default(), Parameters::new(weights.device()));
-        let model = self.model.as_ref();
-        self.logits(
-            &Tuned { model, weights: &weights, changes: &changes, parameters: &parameters },
-            rows,
-        )
+        self.plain(|tuned| self.logits(tuned, rows))
     }
 
     /// Returns the share of `rows` whose class is found.

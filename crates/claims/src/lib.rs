@@ -5,6 +5,7 @@
 //! what its paper or the retelling of it claims at this scale, and nothing is tuned until it fits.
 
 mod breadcrumbs;
+mod code_generation;
 mod compeft;
 mod crash;
 mod dept;
@@ -28,6 +29,7 @@ mod residual;
 mod said;
 mod sara;
 mod sentences;
+mod snippets;
 mod spiel;
 mod ssf;
 mod survey;
@@ -95,6 +97,7 @@ impl Proof {
 pub const CLAIMS: &[Claim] = &[
     hft::CLAIM,
     id3::CLAIM,
+    code_generation::CLAIM,
     survey::CLAIM,
     grafting::CLAIM,
     spiel::CLAIM,
