@@ -7,7 +7,7 @@ use retune_core::batch::{Batch, Document};
 use retune_core::change::Changes;
 use retune_core::event::Silent;
 use retune_core::method::Method;
-use retune_core::model::{Model, Tuned};
+use retune_core::model::{Model, Output, Tuned};
 use retune_core::parameters::{Parameters, to_vec};
 use retune_core::random::Seed;
 use retune_core::spec::{Kind, ModelSpec, WeightSpec};
@@ -19,7 +19,7 @@ use retune_train::training::{BatchSource, Training, Walk};
 use tensor::Device;
 
 use crate::pictures::Pictures;
-use crate::{Error, Result};
+use crate::{Clock, Error, Result};
 
 /// Weights by name, in their logical shape.
 pub(crate) type Values = BTreeMap<String, Vec<f32>>;
@@ -278,6 +278,34 @@ impl Lab {
         look(&training)
     }
 
+    /// Measures the seconds that a step of a method takes: the least of five rounds of 20 steps.
+    ///
+    /// # Errors
+    /// Those of the method and of training.
+    pub(crate) fn seconds_a_step(
+        &self,
+        [name, options]: [&str; 2],
+        rows: &[usize],
+        batch: usize,
+        clock: Clock,
+    ) -> Result<f64> {
+        let take = |num_steps: u64| -> Result<f64> {
+            let method = method(name, options)?;
+            let started = clock();
+            self.train(method, rows, Pace::steps(num_steps, batch, 1e-3), Seed(0), |_| Ok(()))?;
+            Ok(clock() - started)
+        };
+        // What is done once, before and after the steps, is in both; what else the machine does only
+        // adds to a round.
+        let mut least = [f64::INFINITY; 2];
+        for _ in 0..5 {
+            for (num_steps, least) in [2, 22].into_iter().zip(&mut least) {
+                *least = least.min(take(num_steps)?);
+            }
+        }
+        Ok((least[1] - least[0]) / 20.0)
+    }
+
     /// Looks at the model as it stands.
     ///
     /// # Errors
@@ -305,10 +333,14 @@ impl Lab {
     ///
     /// # Errors
     /// If there is none.
-    pub(crate) fn batch(&self, rows: &[usize]) -> Result<Batch> {
+    pub(crate) fn batch(&self, rows: &[usize]) -> retune_core::Result<Batch> {
         let documents: Vec<Document> =
             rows.iter().map(|row| self.documents[*row].clone()).collect();
-        Ok(Batch::new(&documents)?)
+        let mut batch = Batch::new(&documents)?;
+        if let Some(targets) = &self.targets {
+            batch.targets = rows.iter().flat_map(|row| targets[*row].iter().copied()).collect();
+        }
+        Ok(batch)
     }
 
     /// Computes the class logits of `rows` with a method in force.
@@ -321,6 +353,20 @@ impl Lab {
         }
         let batch = self.batch(rows)?;
         Ok(tuned.evaluate(&batch, None, |_, output| Ok(to_vec(output.rows().inner())))?)
+    }
+
+    /// Computes the loss of each token of `rows` that is asked for, with a method in force.
+    ///
+    /// # Errors
+    /// If the batch does not fit.
+    pub(crate) fn token_losses(&self, tuned: &Tuned<'_>, rows: &[usize]) -> Result<Vec<f64>> {
+        let batch = self.batch(rows)?;
+        let found = tuned.evaluate(&batch, None, |pass, output| match output {
+            Output::States(states) => Ok(to_vec(pass.token_losses(states)?.inner())),
+            other => Ok(to_vec(other.rows().inner())),
+        })?;
+        let asked = found.iter().zip(&batch.targets).filter(|(_, target)| target.is_some());
+        Ok(asked.map(|(loss, _)| f64::from(*loss)).collect())
     }
 
     /// Computes the class logits of `rows`, one after another.
@@ -375,7 +421,7 @@ impl Lab {
 }
 
 /// Returns the place of the largest score, the first of equals.
-fn best(scores: &[f32]) -> usize {
+pub(crate) fn best(scores: &[f32]) -> usize {
     let better =
         |best: usize, place: usize| if scores[place] > scores[best] { place } else { best };
     (0..scores.len()).fold(0, better)
@@ -433,23 +479,14 @@ impl BatchSource for Shuffled<'_> {
     fn micro_batches(&mut self, step: u64) -> retune_train::Result<Vec<Batch>> {
         let count = self.rows.len();
         let first = step as usize * self.batch;
-        let mut documents = Vec::with_capacity(self.batch);
-        let mut targets = Vec::new();
+        let mut rows = Vec::with_capacity(self.batch);
         for place in first..first + self.batch {
             if self.order.0 != place / count {
                 self.turn(place / count);
             }
-            let row = self.order.1[place % count];
-            documents.push(self.lab.documents[row].clone());
-            if let Some(of_rows) = &self.lab.targets {
-                targets.extend(of_rows[row].iter().copied());
-            }
+            rows.push(self.order.1[place % count]);
         }
-        let mut batch = Batch::new(&documents)?;
-        if self.lab.targets.is_some() {
-            batch.targets = targets;
-        }
-        Ok(vec![batch])
+        Ok(vec![self.lab.batch(&rows)?])
     }
 
     fn epoch(&self, steps: u64) -> f64 {

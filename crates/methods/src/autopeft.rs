@@ -25,7 +25,7 @@ use crate::registry;
 use crate::state::block::{Ends, Nonlinearity, Plan, Shape};
 use crate::state::prompt::{self, Prompt};
 use crate::state::sublayer::{Adapter, Extra, Insertion};
-use crate::state::{Form, Made, Needs, Slot, Start, StateMethod, kaiming, layers};
+use crate::state::{self, Form, Made, Needs, Slot, Start, StateMethod, kaiming, layers};
 
 choice! {
     /// Which sub-layers have a bottleneck.
@@ -298,13 +298,17 @@ impl StateMethod for AutoPeft {
             }
         }
         if self.prompt.tokens > 0 {
-            let tokens = self.prompt.tokens;
-            slots.push(prompt::slot(spec, tokens, &[], &format!("{NAME}.prompt.tokens"))?);
+            let shape = [self.prompt.tokens, spec.width];
+            // Uniform as the study has it; near the size of words of most models.
+            let start = || Start::Uniform((6.0 / (3.0 * 256.0 + spec.width as f64)).sqrt());
+            slots.push(if state::embedding(spec).is_ok() {
+                prompt::slot(spec, shape[0], &[], &format!("{NAME}.prompt.tokens"))?
+            } else {
+                Slot::new(prompt::NAME, shape, "embedding", start())
+            });
             for layer in self.deep(spec)? {
-                let (shape, place) = ([tokens, spec.width], Site::LayerInput(layer));
-                // Uniform as the study has it; near the size of words of most models.
-                let bound = (6.0 / (3.0 * 256.0 + spec.width as f64)).sqrt();
-                slots.push(Slot::new(name(layer, "prompt"), shape, place, Start::Uniform(bound)));
+                let place = Site::LayerInput(layer);
+                slots.push(Slot::new(name(layer, "prompt"), shape, place, start()));
             }
         }
         for weight in self.low_rank(spec)? {
