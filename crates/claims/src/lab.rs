@@ -136,6 +136,7 @@ pub(crate) struct Lab {
     /// What each token of each document should predict, where that is not the next one.
     targets: Option<Vec<Vec<Option<u32>>>>,
     values: Values,
+    packing: Packing,
 }
 
 impl Lab {
@@ -147,7 +148,13 @@ impl Lab {
     /// Makes a lab of a model that is shared already, as the program's own are.
     pub(crate) fn of(model: Arc<dyn Model>, documents: Vec<Document>, seed: Seed) -> Self {
         let values = Held::draw(model.spec(), seed);
-        Self { model, documents, targets: None, values }
+        Self { model, documents, targets: None, values, packing: Packing::default() }
+    }
+
+    /// Keeps frozen matrices in another form.
+    pub(crate) fn with_packing(mut self, packing: Packing) -> Self {
+        self.packing = packing;
+        self
     }
 
     /// Says what each token of each document predicts: masked words at their own places.
@@ -198,7 +205,7 @@ impl Lab {
     pub(crate) fn weights(&self) -> Result<Weights> {
         let spec = self.model.spec();
         let source = Arc::new(Held::new(spec, self.values.clone()));
-        Ok(Weights::new(source, Arc::clone(spec), Packing::default(), &Device::flex())?)
+        Ok(Weights::new(source, Arc::clone(spec), self.packing, &Device::flex())?)
     }
 
     /// Tunes with a method on `rows`, and looks at the rows of `probe` with it in force.

@@ -9,6 +9,7 @@ mod audio;
 mod bottleneck_shapes;
 mod breadcrumbs;
 mod chains;
+mod code_generation;
 mod compeft;
 mod configurations;
 mod contest;
@@ -40,6 +41,7 @@ mod said;
 mod sara;
 mod search;
 mod sentences;
+mod snippets;
 mod spiel;
 mod ssf;
 mod survey;
@@ -110,6 +112,7 @@ pub const CLAIMS: &[Claim] = &[
     hft::CLAIM,
     id3::CLAIM,
     families::CLAIM,
+    code_generation::CLAIM,
     ast_petl::CLAIM,
     survey::CLAIM,
     grafting::CLAIM,
