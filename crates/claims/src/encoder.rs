@@ -156,6 +156,16 @@ impl Encoder {
         Self { spec: Arc::new(spec), inputs, attention, biases }
     }
 
+    /// Says that the head is no new one, so that methods do not train it beside what they change.
+    pub(crate) fn with_known_head(mut self) -> Self {
+        for weight in &mut Arc::make_mut(&mut self.spec).weights {
+            if weight.role == Role::Head {
+                weight.role = Role::Pooler;
+            }
+        }
+        self
+    }
+
     fn norm(&self, pass: &mut Pass<'_>, module: &str, x: Tensor<2>) -> Result<Tensor<2>> {
         if self.biases {
             pass.layer_norm(module, x, EPSILON)

@@ -21,6 +21,8 @@ mod encoder;
 mod error;
 mod families;
 mod grafting;
+mod hft;
+mod id3;
 mod lab;
 mod locft;
 mod lt_sft;
@@ -105,6 +107,8 @@ impl Proof {
 /// All claims, by number.
 pub const CLAIMS: &[Claim] = &[
     configurations::CLAIM,
+    hft::CLAIM,
+    id3::CLAIM,
     families::CLAIM,
     ast_petl::CLAIM,
     survey::CLAIM,

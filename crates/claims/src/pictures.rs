@@ -59,6 +59,11 @@ impl Pictures {
         Self { pixels: pixels.collect(), digits: self.digits.clone() }
     }
 
+    /// Turns left and right about.
+    pub(crate) fn mirrored(&self) -> Self {
+        self.taken(|place| place / SIDE * SIDE + (SIDE - 1 - place % SIDE))
+    }
+
     /// Turns by 90 degrees, against the clock.
     pub(crate) fn rotated(&self) -> Self {
         self.taken(|place| place % SIDE * SIDE + (SIDE - 1 - place / SIDE))
@@ -132,9 +137,11 @@ mod tests {
     fn turning_moves_pixels_where_they_belong() {
         let pixels: Vec<f32> = (0..PIXELS as u16).map(f32::from).collect();
         let one = Pictures { pixels, digits: vec![3] };
-        let rotated = one.rotated();
+        let (mirrored, rotated) = (one.mirrored(), one.rotated());
+        assert_eq!(mirrored.pixels[..9], [7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0, 15.0]);
         // Against the clock, the right column becomes the top row.
         assert_eq!(rotated.pixels[..9], [7.0, 15.0, 23.0, 31.0, 39.0, 47.0, 55.0, 63.0, 6.0]);
+        assert_eq!(mirrored.mirrored(), one);
         assert_eq!(rotated.rotated().rotated().rotated(), one);
     }
 

@@ -129,7 +129,7 @@ pub(crate) enum Command {
         /// Number type of the weights.
         #[arg(long, default_value = "f32", value_parser = ["f32", "bf16", "f16"])]
         dtype: String,
-        /// Uses an adapter of another base.
+        /// Overwrites the output, and uses an adapter of another base.
         #[arg(long)]
         force: bool,
     },
@@ -148,7 +148,7 @@ pub(crate) enum Command {
         /// The file or folder to write.
         #[arg(long)]
         output: PathBuf,
-        /// Uses an adapter of another base.
+        /// Overwrites the output, and uses an adapter of another base.
         #[arg(long)]
         force: bool,
     },

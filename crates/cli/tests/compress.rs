@@ -31,6 +31,20 @@ fn refused(folder: &Path, arguments: &[&str], what: &str) {
     assert!(text(&out.stderr).contains(what), "{}", text(&out.stderr));
 }
 
+/// Reads a card and checks that it says all of `parts`.
+fn card(folder: &Path, path: &str, parts: &[&str]) -> String {
+    let card = std::fs::read_to_string(folder.join(path)).unwrap();
+    assert!(card.starts_with("---\nlibrary_name: "), "{path}: {card}");
+    for part in parts {
+        assert!(card.contains(part), "{path}: no {part:?} in\n{card}");
+    }
+    card
+}
+
+/// What every card made of the trained adapter takes over from it.
+const ORIGIN: [&str; 4] =
+    ["base_model: builtin:tiny\n", "\n- lora\n", "\n- retune\n", "rows.jsonl`, 12 rows"];
+
 /// Trains a small adapter of the model inside the program.
 fn trained(folder: &Path) {
     let row = |i: usize| {
@@ -101,6 +115,16 @@ fn an_adapter_is_compressed_used_and_written_out_again() {
     let bytes = std::fs::metadata(folder.join("small/adapter_model.compeft")).unwrap().len();
     assert_eq!(found["sizes"]["file_bytes"].as_u64(), Some(bytes));
 
+    // Every output has its card: what was searched was measured, what was not is only told.
+    let searched = card(folder, "small/README.md", &ORIGIN);
+    assert!(searched.contains("model-index:") && searched.contains("- type: loss"), "{searched}");
+    let told = card(folder, "zero.compeft.md", &ORIGIN);
+    assert!(!told.contains("model-index:") && told.contains("as it was trained"), "{told}");
+    std::fs::write(folder.join("mine.compeft.md"), "my notes").unwrap();
+    let mine = ["compress", adapter, "--output", "mine.compeft", "--force"];
+    refused(folder, &mine, "another text");
+    assert!(!folder.join("mine.compeft").exists());
+
     // What the search measured is what the compressed adapter does.
     let eval = json(folder, &["eval", "small.toml", "--adapter", "small"]);
     let loss = eval["measurement"]["metrics"]["loss"]["value"].as_f64().unwrap();
@@ -112,6 +136,8 @@ fn an_adapter_is_compressed_used_and_written_out_again() {
     assert!(out.status.success(), "{}", text(&out.stderr));
     json(folder, &[&["merge-adapter", "--output", "merged"], &model[..], &[adapter]].concat());
     json(folder, &["decompress", "small", "--output", "plain"]);
+    card(folder, "plain/README.md", &ORIGIN);
+    card(folder, "merged/README.md", &[&ORIGIN[..], &["- merged\n", "model-index:"]].concat());
     let again = json(folder, &["eval", "small.toml", "--adapter", "plain"]);
     assert_eq!(again["measurement"]["metrics"], eval["measurement"]["metrics"]);
 
@@ -121,6 +147,7 @@ fn an_adapter_is_compressed_used_and_written_out_again() {
     let found = json(folder, &[&full[..], &["--base", "builtin:tiny"]].concat());
     assert!(found["sizes"]["num_entries"].as_u64().unwrap() > 1_000_000, "{found}");
     json(folder, &["eval", "small.toml", "--adapter", "change.compeft"]);
+    card(folder, "change.compeft.md", &ORIGIN);
     refused(folder, &["eval", "small.toml", "--adapter", "missing.compeft"], "missing.compeft");
     let other = ["generate", "--model", "merged", "--prompt", "a", "--adapter", "change.compeft"];
     refused(folder, &other, "another base");
@@ -171,7 +198,9 @@ fn adapters_are_combined_and_extracted() {
     let found = json(folder, &svd);
     assert!(found["kept"].as_f64().unwrap() > 0.999_999, "{found}");
     close("svd", loss("svd"));
-    assert!(folder.join("svd/README.md").is_file());
+    for (path, tag) in [("svd", "- lora\n"), ("both", "| `runs/small-1/adapter` | 0.5 |")] {
+        card(folder, &format!("{path}/README.md"), &[&ORIGIN[..], &[tag]].concat());
+    }
     // Twice it less once it.
     json(folder, &["combine", adapter, adapter, "--weights", "2,-1", "--output", "less"]);
     close("a negative weight", loss("less"));
@@ -179,7 +208,13 @@ fn adapters_are_combined_and_extracted() {
     // The same on the weights themselves, with a compressed one among them that weighs nothing.
     json(folder, &["compress", adapter, "--density", "0.5", "--output", "small.compeft"]);
     let compose = ["combine", adapter, adapter, "small.compeft", "--weights", "0.25,0.75,0"];
-    json(folder, &[&compose[..], &["--base", "builtin:tiny", "--output", "composed"]].concat());
+    let composed = [&compose[..], &["--base", "builtin:tiny", "--output", "composed"]].concat();
+    json(folder, &composed);
+    // Forced, a model takes the place of a model, and of nothing else.
+    refused(folder, &composed, "exists already");
+    json(folder, &[&composed[..], &["--force"]].concat());
+    refused(folder, &[&halves[..], &["runs", "--force"]].concat(), "other files");
+    card(folder, "composed/README.md", &[&ORIGIN[..], &["task-arithmetic"]].concat());
     let model = ["--model", "builtin:tiny", "--adapter", adapter];
     json(folder, &[&["merge-adapter", "--output", "merged"], &model[..]].concat());
     let found = json(folder, &["diff", "merged", "composed", "--no-ranks"]);
@@ -192,6 +227,7 @@ fn adapters_are_combined_and_extracted() {
     assert_eq!(found["layers"].as_array().unwrap().len(), 5, "{found}");
     assert_eq!(found["left_out"].as_array().unwrap().len(), 0);
     close("extracted", loss("lora"));
+    card(folder, "lora/README.md", &["base_model: builtin:tiny\n", "\n- lora\n", "`merged`"]);
     let text = std::fs::read_to_string(folder.join("lora/adapter_config.json")).unwrap();
     let config: serde_json::Value = serde_json::from_str(&text).unwrap();
     assert_eq!((&config["r"], config["target_modules"].as_array().unwrap().len()), (&4.into(), 7));
@@ -247,6 +283,18 @@ fn five_ways_to_ship_are_measured() {
     json(folder, &[&eight[..], &["--output", "out.gguf"]].concat());
     let model = ["--model", "builtin:tiny", "--adapter", adapter, "--format", "gguf-q8_0"];
     json(folder, &[&["export", "--output", "other/out.gguf"], &model[..]].concat());
+    let shipped = ["library_name: gguf", "- type: loss", "same likeliest answer", "| Q8_0 |"];
+    card(folder, "out.gguf.md", &[&ORIGIN[..], &shipped].concat());
+    card(folder, "out/README.md", &[&ORIGIN[..], &["dequantised-merged"]].concat());
+    let exported = card(folder, "other/out.gguf.md", &[&ORIGIN[..], &["| Q8_0 |"]].concat());
+    assert!(!exported.contains("model-index:"), "{exported}");
+    let model =
+        ["export", "--model", "builtin:tiny", "--adapter", adapter, "--output", "lora.gguf"];
+    let lora = [&model[..], &["--format", "gguf-lora"]].concat();
+    json(folder, &lora);
+    card(folder, "lora.gguf.md", &[&ORIGIN[..], &["model-index:"]].concat());
+    refused(folder, &lora, "exists already");
+    json(folder, &[&lora[..], &["--force"]].concat());
     let bytes = |path: &str| std::fs::read(folder.join(path)).unwrap();
     assert!(bytes("out.gguf") == bytes("other/out.gguf"), "two exports of one model differ");
     // Of a base that is quantised already, what it was before is not known.

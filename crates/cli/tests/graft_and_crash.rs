@@ -135,6 +135,18 @@ fn a_model_is_tuned_through_an_emulator_that_does_not_hold_it() {
     let plug = ["crash", "plug-in", "--model", "builtin:tiny", "--layers"];
     let plugged = json(folder, &[&plug[..], &["blocks", "--output", "tuned"]].concat());
     assert_eq!(plugged["moved"], collected["moved"]);
+    for card in ["blocks/README.md", "tuned/README.md"] {
+        let card = std::fs::read_to_string(folder.join(card)).unwrap();
+        for part in ["base_model: builtin:tiny\n", "- lora\n", "- crash\n", "| data |"] {
+            assert!(card.contains(part), "no {part:?} in\n{card}");
+        }
+    }
+    for card in ["blocks/README.md", "tuned/README.md"] {
+        let card = std::fs::read_to_string(folder.join(card)).unwrap();
+        for part in ["base_model: builtin:tiny\n", "- lora\n", "- crash\n", "| data |"] {
+            assert!(card.contains(part), "no {part:?} in\n{card}");
+        }
+    }
     let differs = json(folder, &["diff", "--no-ranks", "cache/builtin/tiny-0.1.0", "tuned"]);
     let trained: Vec<u64> =
         serde_json::from_value(made["choice"]["blocks"]["trainable"].clone()).unwrap();
@@ -161,6 +173,18 @@ fn a_model_is_tuned_through_an_emulator_that_does_not_hold_it() {
     let end = json(folder, &["eval", &owner, "--set", "model=\"tuned\""]);
     let loss = end["measurement"]["metrics"]["loss"]["value"].as_f64().unwrap();
     assert!((points[1]["loss"].as_f64().unwrap() - loss).abs() < 1e-5, "{line} {loss}");
+
+    // Corners of a plane are the three models, and its first row is the line between two.
+    let ends = ["--from", "builtin:tiny", "--to", "tuned", "--third", "builtin:tiny"];
+    let walk = ["crash", "interpolate", &owner, "--points", "2", "--svg", "plane.svg"];
+    let plane = json(folder, &[&walk[..], &ends[..]].concat());
+    let loss = |third: usize, second: usize| plane["rows"][third][second]["loss"].as_f64();
+    assert_eq!(loss(0, 0), points[0]["loss"].as_f64(), "{plane}");
+    assert_eq!(loss(0, 1), points[1]["loss"].as_f64(), "{plane}");
+    assert_eq!(loss(1, 0), loss(0, 0), "{plane}");
+    assert_eq!(plane["rows"][1][1]["shares"], serde_json::json!([1.0, 1.0]));
+    let drawn = std::fs::read_to_string(folder.join("plane.svg")).unwrap();
+    assert!(drawn.contains("three models"));
 
     // A whole tune of the same blocks comes back too.
     let full = recipe(

@@ -135,6 +135,42 @@ fn a_choice_no_answer_could_win_is_refused_before_step_1() {
 }
 
 #[test]
+fn rows_say_their_task_to_a_method_that_tells_tasks_apart() {
+    let folder = tempfile::tempdir().unwrap();
+    recipe(folder.path(), "");
+    let rows = std::fs::read_to_string(folder.path().join("rows.jsonl")).unwrap();
+    let with_tasks = |count: usize| {
+        let row = |(i, row): (usize, &str)| {
+            format!("{}, \"of\": {}}}\n", row.trim_end_matches('}'), i % count)
+        };
+        let rows: String = rows.lines().enumerate().map(row).collect();
+        std::fs::write(folder.path().join("rows.jsonl"), rows).unwrap();
+    };
+    let file = folder.path().join("small.toml");
+    let plain = std::fs::read_to_string(&file).unwrap();
+    let named = plain.replace("[method.lora]", "task = \"of\"\n[method.lora]");
+    let poly = named.replace("[method.lora]\nrank = 4", "[method.poly]\nrank = 2\ntasks = 2");
+
+    with_tasks(2);
+    std::fs::write(&file, &named).unwrap();
+    let out = retune(folder.path(), &["run", "small.toml"]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(text_of(&out).contains("data.task") && text_of(&out).contains("poly"), "{out:?}");
+    std::fs::write(&file, &poly).unwrap();
+    let out = retune(folder.path(), &["run", "small.toml"]);
+    assert!(out.status.success(), "{}", text_of(&out));
+
+    with_tasks(3);
+    let out = retune(folder.path(), &["run", "small.toml"]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(text_of(&out).contains("task"), "{}", text_of(&out));
+    let silent = poly.replace("task = \"of\"\n", "");
+    std::fs::write(&file, silent).unwrap();
+    let out = retune(folder.path(), &["plan", "small.toml"]);
+    assert!(text(&out.stdout).contains("all rows are of one"), "{}", text(&out.stdout));
+}
+
+#[test]
 fn wrong_use_is_2_and_a_missing_model_says_what_was_tried() {
     let folder = tempfile::tempdir().unwrap();
     assert_eq!(retune(folder.path(), &["runn"]).status.code(), Some(2));

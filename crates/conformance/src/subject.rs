@@ -32,8 +32,8 @@ pub struct Subject {
 }
 
 /// Shapes that differ in what methods trip over: an untied head, a tied head with offset norms and
-/// short windows, transposed weights with biases, an encoder with classes.
-const KINDS: &[&str] = &["llama", "gemma3", "gpt2", "bert classes"];
+/// short windows, transposed weights with biases, an encoder with classes, one of pictures, two towers.
+const KINDS: &[&str] = &["llama", "gemma3", "gpt2", "bert classes", "vit classes", "clip"];
 
 /// Makes the models every method is tried on.
 ///
@@ -119,6 +119,7 @@ impl Subject {
                 learn,
                 token_types: None,
                 class: (classes > 0).then(|| random.below(classes.max(1)) as u32),
+                task: None,
                 row,
             }
         };

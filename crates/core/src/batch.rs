@@ -52,6 +52,8 @@ pub struct Document {
     pub token_types: Option<Vec<u32>>,
     /// The document's class, for classifiers.
     pub class: Option<u32>,
+    /// The document's task, for methods that tell tasks apart.
+    pub task: Option<usize>,
     /// Row number in the data.
     pub row: usize,
 }
@@ -60,7 +62,8 @@ impl Batch {
     /// Lays documents end to end.
     ///
     /// # Errors
-    /// [`Error::Input`] if a document is empty or `learn` has another length than `tokens`.
+    /// [`Error::Input`] if a document is empty, `learn` has another length than `tokens`, or some
+    /// documents say their task and others do not.
     pub fn new(documents: &[Document]) -> Result<Self> {
         let total = documents.iter().map(|d| d.tokens.len()).sum();
         let mut batch = Self {
@@ -103,6 +106,17 @@ impl Batch {
             batch.rows.push(document.row);
         }
         batch.token_types = typed.then_some(types);
+        let tasks: Vec<usize> = documents.iter().filter_map(|document| document.task).collect();
+        if !tasks.is_empty() && tasks.len() < documents.len() {
+            let silent = documents.iter().find(|document| document.task.is_none());
+            return Err(Error::Input {
+                what: format!("row {} does not say its task", silent.map_or(0, |d| d.row)),
+                expected: "a task in every row, or in none".to_owned(),
+                found: format!("tasks in {} of {} rows", tasks.len(), documents.len()),
+                help: "give each row its task, counted from 0".to_owned(),
+            });
+        }
+        batch.tasks = (!tasks.is_empty()).then_some(tasks);
         Ok(batch)
     }
 
@@ -292,6 +306,16 @@ mod tests {
         let batch = Batch::new(&[&images[..], &prompts[..]].concat()).unwrap();
         assert_eq!((batch.matches(), batch.is_paired()), (vec![Some(1), None, Some(0)], false));
         assert_eq!(batch.num_labels(&crate::spec::Head::Pairs), 2);
+    }
+
+    #[test]
+    fn tasks_are_said_by_all_documents_or_none() {
+        let of = |task| Document { task, ..document(&[1, 2], &[0, 1], 7) };
+        let batch = Batch::new(&[of(Some(2)), of(Some(0))]).unwrap();
+        assert_eq!(batch.tasks, Some(vec![2, 0]));
+        assert_eq!(Batch::new(&[of(None)]).unwrap().tasks, None);
+        let error = Batch::new(&[of(Some(2)), of(None)]).unwrap_err().to_string();
+        assert!(error.contains("row 7 does not say its task"), "{error}");
     }
 
     #[test]

@@ -118,6 +118,8 @@ pub struct Promises {
     /// What becomes of a weight is computed from the checkpoint's own values, so that no other
     /// method may change it before.
     pub needs_base: bool,
+    /// How many tasks the method tells apart, where it does: a row then says which is its own.
+    pub num_tasks: Option<usize>,
     /// Models the plan refuses whatever the options, if there are any.
     pub refuses: Option<Refusal>,
 }
@@ -139,6 +141,7 @@ impl Default for Promises {
             exact_gradients: true,
             quantized_base: true,
             needs_base: false,
+            num_tasks: None,
             refuses: None,
         }
     }

@@ -185,18 +185,20 @@ impl Tuned<'_> {
     ///
     /// # Errors
     /// If the batch does not fit, or a weight cannot be read; those of `read`.
-    pub fn evaluate<T>(
+    pub fn evaluate<T: Send>(
         &self,
         batch: &Batch,
         cache: Option<&mut KeyValueCache>,
-        read: impl FnOnce(&mut Pass<'_>, Output) -> Result<T>,
+        read: impl FnOnce(&mut Pass<'_>, Output) -> Result<T> + Send,
     ) -> Result<T> {
-        let mut pass =
-            Pass::new(self.weights, self.changes, self.parameters, batch, Mode::Evaluate)?;
-        if let Some(cache) = cache {
-            pass = pass.with_cache(cache);
-        }
-        let output = self.model.forward(&mut pass)?;
-        read(&mut pass, output)
+        retune_kernels::in_pool(|| {
+            let mut pass =
+                Pass::new(self.weights, self.changes, self.parameters, batch, Mode::Evaluate)?;
+            if let Some(cache) = cache {
+                pass = pass.with_cache(cache);
+            }
+            let output = self.model.forward(&mut pass)?;
+            read(&mut pass, output)
+        })
     }
 }

@@ -549,18 +549,35 @@ impl Parameters {
     /// Lets `change` edit the values in place, without a copy where the device is the processor.
     ///
     /// Whole numbers do not change.
-    pub fn update(&mut self, id: ParameterId, change: impl FnOnce(&mut [f32])) {
-        let trains = self.at(id).trains;
-        let hole = Value::Floats(self.leaf(vec![0.0], false));
-        let value = std::mem::replace(&mut self.at_mut(id).value, hole);
-        let Value::Floats(value) = value else {
+    pub fn update(&mut self, id: ParameterId, change: impl FnOnce(&mut [f32]) + Send) {
+        self.update_each([(id, change)]);
+    }
+
+    /// Lets each change edit the values of its parameter, many at a time; see [`Self::update`].
+    ///
+    /// What a change writes does not depend on the others, so the number of threads changes nothing.
+    /// No parameter may come twice: its second change would see it empty.
+    pub fn update_each<F>(&mut self, changes: impl IntoIterator<Item = (ParameterId, F)>)
+    where
+        F: FnOnce(&mut [f32]) + Send,
+    {
+        let mut taken = Vec::new();
+        for (id, change) in changes {
+            let hole = Value::Floats(self.leaf(Vec::new(), false));
+            match std::mem::replace(&mut self.at_mut(id).value, hole) {
+                Value::Floats(value) => taken.push((id, to_vec(value.inner()), Some(change))),
+                whole => self.at_mut(id).value = whole,
+            }
+        }
+        retune_kernels::each(&mut taken, |(_, values, change)| {
+            if let Some(change) = change.take() {
+                change(values);
+            }
+        });
+        for (id, values, _) in taken {
+            let value = Value::Floats(self.leaf(values, self.at(id).trains));
             self.at_mut(id).value = value;
-            return;
-        };
-        let mut values = to_vec(value.inner());
-        change(&mut values);
-        let value = Value::Floats(self.leaf(values, trains));
-        self.at_mut(id).value = value;
+        }
     }
 
     /// Takes a parameter's gradient out of `gradients`, if it has one.

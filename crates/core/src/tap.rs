@@ -115,6 +115,19 @@ impl GradientTap for Tap {
         self.lock().is_some()
     }
 
+    fn watched(&self) -> Option<Vec<u32>> {
+        let window = self.lock();
+        window.as_ref().filter(|window| window.room == 0).map(|window| window.candidates.clone())
+    }
+
+    fn see_watched(&self, gradient: &[f32]) {
+        if let Some(window) = self.lock().as_mut() {
+            for (sum, g) in window.pending.iter_mut().zip(gradient) {
+                *sum += g;
+            }
+        }
+    }
+
     fn see(
         &self,
         gradient: &[f32],

@@ -78,7 +78,8 @@ impl Dataset {
             let token_row = preparer
                 .row(&example_of(&row)?, labels.as_ref(), row.line, &mut counted)
                 .map_err(|e| e.at(file.path(), row.line))?;
-            Ok::<_, Error>((token_row, counted))
+            let task = shaper.task(&row).map_err(|e| e.at(file.path(), row.line))?;
+            Ok::<_, Error>((token_row.map(|row| TokenRow { task, ..row }), counted))
         };
         for start in (0..file.len()).step_by(CHUNK) {
             let chunk = start..file.len().min(start + CHUNK);
@@ -139,11 +140,13 @@ impl Dataset {
             return Ok(rows[index].clone());
         }
         let (example, line) = self.example(index)?;
+        let task = self.task(index)?;
         let mut scratch = Statistics::default();
         let row = self
             .preparer
             .row(&example, self.labels.as_ref(), line, &mut scratch)
             .map_err(|e| e.at(self.file.path(), line))?;
+        let row = row.map(|row| TokenRow { task, ..row });
         row.filter(|row| row.ids.len() == self.lengths[index] as usize).ok_or_else(|| {
             Error::row(
                 self.file.path(),
@@ -165,6 +168,21 @@ impl Dataset {
         let row = self.file.read(self.kept[index] as usize)?;
         let example = self.shaper.example(&row).map_err(|e| e.at(self.file.path(), row.line))?;
         Ok((example, row.line))
+    }
+
+    /// The task of a row, where the data has any.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Row`] when the file changed.
+    ///
+    /// # Panics
+    /// When `index` is not below [`Self::len`].
+    pub fn task(&self, index: usize) -> Result<Option<u32>> {
+        if let Some(rows) = &self.memory {
+            return Ok(rows[index].task);
+        }
+        let row = self.file.read(self.kept[index] as usize)?;
+        self.shaper.task(&row).map_err(|e| e.at(self.file.path(), row.line))
     }
 
     /// The counts.
@@ -204,6 +222,9 @@ fn content(row: &TokenRow) -> u64 {
         Some(Label::Class(class)) => hash.update(class.to_le_bytes()),
         Some(Label::Score(score)) => hash.update(score.to_bits().to_le_bytes()),
         None => {}
+    }
+    if let Some(task) = row.task {
+        hash.update(task.to_le_bytes());
     }
     let digest: [u8; 32] = hash.finalize().into();
     u64::from_le_bytes(std::array::from_fn(|i| digest[i]))

@@ -25,6 +25,8 @@ pub struct TokenRow {
     pub label: Option<Label>,
     /// Which of two texts each token belongs to, in rows of text pairs.
     pub token_types: Option<Vec<u8>>,
+    /// The row's task, where the data says it.
+    pub task: Option<u32>,
     /// The line of the data file the row came from, counted from 1.
     pub source_line: usize,
 }
@@ -192,6 +194,7 @@ impl Preparer {
             learn,
             label: None,
             token_types: None,
+            task: None,
             source_line: line,
         }))
     }
@@ -256,6 +259,7 @@ impl Preparer {
             learn,
             label: None,
             token_types: None,
+            task: None,
             source_line: line,
         }))
     }
@@ -300,6 +304,7 @@ impl Preparer {
             token_types: second.map(|_| encoded.types),
             ids: encoded.ids,
             label: Some(label),
+            task: None,
             source_line: line,
         }))
     }

@@ -16,12 +16,20 @@ pub struct Prompt {
     pub tokens: Vec<u32>,
     /// This prompt's own stream, so that its neighbours in a batch do not change its draws.
     pub random: Random,
+    /// The task it belongs to, where the model tells tasks apart; all prompts say it, or none.
+    pub task: Option<usize>,
 }
 
 impl Prompt {
     /// Makes the prompt with the stream `number` of `seed`.
     pub fn new(tokens: Vec<u32>, seed: Seed, number: u64) -> Self {
-        Self { tokens, random: seed.stream("generate", &[number]) }
+        Self { tokens, random: seed.stream("generate", &[number]), task: None }
+    }
+
+    /// Says which task the prompt belongs to.
+    #[must_use]
+    pub fn of_task(self, task: Option<usize>) -> Self {
+        Self { task, ..self }
     }
 }
 
@@ -206,6 +214,7 @@ struct Sequence {
     /// Distinct ids of `tokens`, ascending.
     seen: Vec<u32>,
     random: Random,
+    task: Option<usize>,
 }
 
 impl Sequence {
@@ -214,7 +223,8 @@ impl Sequence {
         seen.sort_unstable();
         seen.dedup();
         let num_prompt = prompt.tokens.len();
-        Self { place, tokens: prompt.tokens, num_prompt, num_read: 0, seen, random: prompt.random }
+        let Prompt { tokens, random, task } = prompt;
+        Self { place, tokens, num_prompt, num_read: 0, seen, random, task }
     }
 
     fn push(&mut self, token: u32) {
@@ -272,7 +282,10 @@ impl Decoder<'_> {
     ) -> Result<Vec<Option<Stop>>> {
         let pieces: Vec<Piece<'_>> = running
             .iter()
-            .map(|s| Piece { tokens: &s.tokens[s.num_read..], start: s.num_read, row: s.place })
+            .map(|s| {
+                let (tokens, start) = (&s.tokens[s.num_read..], s.num_read);
+                Piece { tokens, start, row: s.place, task: s.task }
+            })
             .collect();
         let batch = lay(&pieces);
         let last: Vec<usize> = batch.spans.iter().map(|span| span.end - 1).collect();

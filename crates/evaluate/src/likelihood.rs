@@ -16,7 +16,12 @@ pub struct Request {
     pub context: Vec<u32>,
     /// What is scored; at least one token.
     pub continuation: Vec<u32>,
+    /// The task it belongs to, where the model tells tasks apart; all requests say it, or none.
+    pub task: Option<usize>,
 }
+
+/// Tokens that are read, and their task.
+type Input = (Vec<u32>, Option<usize>);
 
 /// How likely a continuation is.
 #[derive(Debug, Clone, PartialEq)]
@@ -98,7 +103,7 @@ pub fn encode_pair(
     if continuation_tokens.is_empty() {
         return Err(empty(&format!("continuation {continuation:?} of context {context:?}")));
     }
-    Ok(Request { context: context_tokens, continuation: continuation_tokens })
+    Ok(Request { context: context_tokens, continuation: continuation_tokens, task: None })
 }
 
 fn empty(what: &str) -> Error {
@@ -130,7 +135,7 @@ pub fn log_likelihoods(
 ) -> Result<Vec<Likelihood>> {
     let (vocabulary, max_positions) = language_model(tuned)?;
     let longest = budget.longest(max_positions);
-    let mut inputs: BTreeMap<Vec<u32>, Vec<usize>> = BTreeMap::new();
+    let mut inputs: BTreeMap<Input, Vec<usize>> = BTreeMap::new();
     let mut results = Vec::with_capacity(requests.len());
     for (place, request) in requests.iter().enumerate() {
         let (input, num_cut) = input_of(request, place, longest)?;
@@ -145,13 +150,13 @@ pub fn log_likelihoods(
                     .to_owned(),
             });
         }
-        inputs.entry(input).or_default().push(place);
+        inputs.entry((input, request.task)).or_default().push(place);
         let count = request.continuation.len();
         results.push(Likelihood { sum: 0.0, tokens: vec![0.0; count], is_greedy: true, num_cut });
     }
-    let mut jobs: Vec<(Vec<u32>, Vec<usize>)> = inputs.into_iter().collect();
-    jobs.sort_by_key(|(input, _)| std::cmp::Reverse(input.len()));
-    let lengths: Vec<usize> = jobs.iter().map(|(input, _)| input.len()).collect();
+    let mut jobs: Vec<(Input, Vec<usize>)> = inputs.into_iter().collect();
+    jobs.sort_by_key(|((tokens, _), _)| std::cmp::Reverse(tokens.len()));
+    let lengths: Vec<usize> = jobs.iter().map(|((tokens, _), _)| tokens.len()).collect();
     let rows_at_once = (budget.logits / vocabulary.max(1)).max(1);
     for run in within(&lengths, budget.batch_tokens) {
         score(tuned, requests, &jobs[run], rows_at_once, &mut results)?;
@@ -164,7 +169,7 @@ pub fn log_likelihoods(
 
 /// Returns all tokens but the last, cut from the left to `longest`, and how many were cut.
 fn input_of(request: &Request, place: usize, longest: usize) -> Result<(Vec<u32>, usize)> {
-    let Request { context, continuation } = request;
+    let Request { context, continuation, .. } = request;
     if context.is_empty() || continuation.is_empty() {
         return Err(empty(&format!("request {place}")));
     }
@@ -187,13 +192,13 @@ fn input_of(request: &Request, place: usize, longest: usize) -> Result<(Vec<u32>
 fn score(
     tuned: &Tuned<'_>,
     requests: &[Request],
-    jobs: &[(Vec<u32>, Vec<usize>)],
+    jobs: &[(Input, Vec<usize>)],
     rows_at_once: usize,
     results: &mut [Likelihood],
 ) -> Result<()> {
     let pieces: Vec<Piece<'_>> = jobs
         .iter()
-        .map(|(input, places)| Piece { tokens: input, start: 0, row: places[0] })
+        .map(|((tokens, task), places)| Piece { tokens, start: 0, row: places[0], task: *task })
         .collect();
     let batch = lay(&pieces);
     let mut wanted: BTreeMap<usize, Vec<(usize, usize)>> = BTreeMap::new();
@@ -287,7 +292,7 @@ mod tests {
 
     #[test]
     fn contexts_are_cut_from_the_left() {
-        let request = Request { context: vec![1, 2, 3, 4], continuation: vec![5, 6] };
+        let request = Request { context: vec![1, 2, 3, 4], continuation: vec![5, 6], task: None };
         assert_eq!(input_of(&request, 0, 5).unwrap(), (vec![1, 2, 3, 4, 5], 0));
         assert_eq!(input_of(&request, 0, 3).unwrap(), (vec![3, 4, 5], 2));
         // One token of context stays even where the continuation takes all positions.

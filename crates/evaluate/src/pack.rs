@@ -17,6 +17,8 @@ pub(crate) struct Piece<'a> {
     pub(crate) start: usize,
     /// The number messages call it by.
     pub(crate) row: usize,
+    /// The task it belongs to, where the sequences of a batch say so.
+    pub(crate) task: Option<usize>,
 }
 
 /// Lays pieces end to end, without targets.
@@ -33,7 +35,7 @@ pub(crate) fn lay(pieces: &[Piece<'_>]) -> Batch {
         targets: vec![None; tokens.len()],
         classes: vec![None; pieces.len()],
         rows: pieces.iter().map(|piece| piece.row).collect(),
-        tasks: None,
+        tasks: pieces.iter().map(|piece| piece.task).collect(),
         tokens,
     }
 }
@@ -86,8 +88,8 @@ mod tests {
     #[test]
     fn positions_go_on_where_the_cache_ends() {
         let batch = lay(&[
-            Piece { tokens: &[7], start: 4, row: 2 },
-            Piece { tokens: &[8, 9], start: 0, row: 5 },
+            Piece { tokens: &[7], start: 4, row: 2, task: None },
+            Piece { tokens: &[8, 9], start: 0, row: 5, task: None },
         ]);
         assert_eq!(batch.tokens, [7, 8, 9]);
         assert_eq!(batch.positions, [4, 0, 1]);

@@ -94,6 +94,7 @@ pub fn windows(
         list.push(Request {
             context: text[start..done].to_vec(),
             continuation: text[done..end].to_vec(),
+            task: None,
         });
         done = end;
     }
@@ -133,6 +134,7 @@ pub fn documents(
                 tokens: &tokens[..tokens.len() - 1],
                 start: 0,
                 row: *row,
+                task: None,
             })
             .collect();
         let mut batch = lay(&pieces);
@@ -185,7 +187,7 @@ mod tests {
     }
 
     fn window(context: &[u32], continuation: &[u32]) -> Request {
-        Request { context: context.to_vec(), continuation: continuation.to_vec() }
+        Request { context: context.to_vec(), continuation: continuation.to_vec(), task: None }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use retune_evaluate::likelihood::{Budget, Request, log_likelihoods};
 use retune_evaluate::perplexity::{self, Perplexity};
 
 fn request(context: &[u32], continuation: &[u32]) -> Request {
-    Request { context: context.to_vec(), continuation: continuation.to_vec() }
+    Request { context: context.to_vec(), continuation: continuation.to_vec(), task: None }
 }
 
 fn close(found: f64, expected: f64) -> bool {

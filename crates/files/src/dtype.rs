@@ -171,16 +171,18 @@ impl Dtype {
     /// ```
     pub fn encode(self, values: &[f32]) -> Result<Vec<u8>, EncodeError> {
         let mut out = Vec::new();
-        self.encode_into(values, &mut out)?;
+        self.encode_behind(values, &mut out)?;
         Ok(out)
     }
 
-    /// Encodes as [`Self::encode`] into a buffer that is reused from call to call.
+    /// Encodes as [`Self::encode`] behind what a buffer holds.
     ///
     /// # Errors
     /// As [`Self::encode`]; the buffer's content is then of no use.
-    pub fn encode_into(self, values: &[f32], out: &mut Vec<u8>) -> Result<(), EncodeError> {
-        out.resize(values.len() * self.size(), 0);
+    pub fn encode_behind(self, values: &[f32], out: &mut Vec<u8>) -> Result<(), EncodeError> {
+        let start = out.len();
+        out.resize(start + values.len() * self.size(), 0);
+        let out = &mut out[start..];
         match self {
             F32 => {
                 numbers::f32_to_le(values, out);

@@ -6,6 +6,9 @@
 
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 
+/// Bits of the largest `f32` that does not round to an infinity of brain floats.
+const LARGEST_BF16: i32 = 0x7f7f_7fff;
+
 /// Values converted per step through a buffer on the stack, large enough for vector code.
 const STEP: usize = 512;
 
@@ -79,19 +82,21 @@ pub fn f32_to_f16(values: &[f32], out: &mut [u8]) -> Result<(), usize> {
 /// The index of the first finite value that rounds to an infinity. NaN and infinities pass.
 pub fn f32_to_bf16(values: &[f32], out: &mut [u8]) -> Result<(), usize> {
     for (step, (values, out)) in values.chunks(STEP).zip(out.chunks_mut(2 * STEP)).enumerate() {
+        let out = out.as_chunks_mut().0;
         // Without a branch per value, so that whole vectors are converted at once.
-        let mut overflow = false;
-        for (v, b) in values.iter().zip(out.as_chunks_mut().0) {
-            let bits = v.to_bits();
-            let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-            // A NaN whose payload lies below is kept one.
-            let narrow = if v.is_nan() { (bits >> 16) | 0x40 } else { rounded };
-            overflow |= (narrow & 0x7fff == 0x7f80) & v.is_finite();
-            *b = (narrow as u16).to_le_bytes();
+        let is_plain = |v: &f32| (v.to_bits() & 0x7fff_ffff) as i32 <= LARGEST_BF16;
+        if values.iter().fold(true, |all, v| all & is_plain(v)) {
+            for (v, b) in values.iter().zip(out) {
+                let bits = v.to_bits();
+                *b = (((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) as u16).to_le_bytes();
+            }
+            continue;
         }
-        if overflow {
-            let is_lost = |v: &f32| v.is_finite() && bf16::from_f32(*v).is_infinite();
-            return Err(step * STEP + values.iter().position(is_lost).unwrap_or(0));
+        for (i, (v, b)) in values.iter().zip(out).enumerate() {
+            if v.is_finite() && !is_plain(v) {
+                return Err(step * STEP + i);
+            }
+            *b = bf16::from_f32(*v).to_le_bytes();
         }
     }
     Ok(())

@@ -42,40 +42,17 @@ impl AdamwStep {
 /// # Source
 /// Loshchilov and Hutter, <https://arxiv.org/abs/1711.05101>.
 pub fn adamw(step: &AdamwStep, value: &mut [f32], gradient: &[f32], m: &mut [f32], v: &mut [f32]) {
-    adamw_all(step, [AdamwTensor { value, gradient, m, v }]);
-}
-
-/// One tensor of a step: its values, their gradient, and both moments, all equally long.
-#[derive(Debug)]
-pub struct AdamwTensor<'a> {
-    /// Updated in place.
-    pub value: &'a mut [f32],
-    /// Gradient of the loss by `value`.
-    pub gradient: &'a [f32],
-    /// First moment, updated in place.
-    pub m: &'a mut [f32],
-    /// Second moment, updated in place.
-    pub v: &'a mut [f32],
-}
-
-/// Takes one [`adamw`] step of many tensors at once, however small each of them is.
-///
-/// # Panics
-/// When the four slices of a tensor are not equally long.
-pub fn adamw_all<'a>(step: &AdamwStep, tensors: impl IntoIterator<Item = AdamwTensor<'a>>) {
+    let count = value.len();
+    assert!(
+        gradient.len() == count && m.len() == count && v.len() == count,
+        "adamw: {count} values, {} gradients, {} and {} moments",
+        gradient.len(),
+        m.len(),
+        v.len()
+    );
     let numbers = Numbers::new(step);
-    let chunks = tensors.into_iter().flat_map(|AdamwTensor { value, gradient, m, v }| {
-        let count = value.len();
-        assert!(
-            gradient.len() == count && m.len() == count && v.len() == count,
-            "adamw: {count} values, {} gradients, {} and {} moments",
-            gradient.len(),
-            m.len(),
-            v.len()
-        );
-        let moments = m.chunks_mut(CHUNK).zip(v.chunks_mut(CHUNK));
-        value.chunks_mut(CHUNK).zip(gradient.chunks(CHUNK)).zip(moments)
-    });
+    let moments = m.chunks_mut(CHUNK).zip(v.chunks_mut(CHUNK));
+    let chunks = value.chunks_mut(CHUNK).zip(gradient.chunks(CHUNK)).zip(moments);
     each(chunks, |((value, gradient), (m, v))| update_all(&numbers, value, gradient, m, v));
 }
 
@@ -178,28 +155,6 @@ mod tests {
         close("value", &value.map(f64::from), &[0.95 - 0.1, -1.9 + 0.1], 1e-6);
         close("m", &m.map(f64::from), &[0.2, -0.4], 1e-6);
         close("v", &v.map(f64::from), &[0.004, 0.016], 1e-6);
-    }
-
-    #[test]
-    fn many_tensors_are_one_by_one() {
-        let mut source = Numbers(21);
-        let mut new = |count: usize| -> Vec<f32> {
-            source.matrix(1, count).values.iter().map(|x| x.abs() as f32).collect()
-        };
-        let tensors: Vec<_> =
-            [3, 40_000, 0, 17].map(|count| [new(count), new(count), new(count), new(count)]).into();
-        let (mut alone, mut together) = (tensors.clone(), tensors);
-        for [value, gradient, m, v] in &mut alone {
-            adamw(&STEP, value, gradient, m, v);
-        }
-        let all = together.iter_mut().map(|[value, gradient, m, v]| AdamwTensor {
-            value,
-            gradient,
-            m,
-            v,
-        });
-        adamw_all(&STEP, all);
-        assert_eq!(alone, together);
     }
 
     #[test]

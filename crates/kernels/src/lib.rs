@@ -37,10 +37,11 @@ mod squared_norm;
 mod table;
 pub mod tape;
 mod tile;
+mod turn;
 pub mod work;
 
 pub use activation::{Activation, activate};
-pub use adamw::{AdamwStep, AdamwTensor, adamw, adamw_all};
+pub use adamw::{AdamwStep, adamw};
 pub use attention::{AttentionOptions, KeyValues, attention, attention_over_cache};
 pub use embed::embed;
 pub use fastfood::{Fastfood, fastfood, fastfood_reference};
@@ -51,7 +52,7 @@ pub use linear::{
     linear, linear_frozen, linear_frozen_reference, linear_in, linear_low_rank,
     linear_low_rank_reference, linear_reference, matmul, matmul_nt,
 };
-pub use parallel::in_pool;
+pub use parallel::{each, in_pool};
 pub use rms_norm::rms_norm;
 pub use rotary::{Rotation, rotary};
 pub use spans::{Spans, SpansError};

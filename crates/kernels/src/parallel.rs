@@ -14,7 +14,7 @@ pub fn in_pool<R: Send>(work: impl FnOnce() -> R + Send) -> R {
 }
 
 /// Runs tasks on all threads; a single one stays on this thread.
-pub(crate) fn each<T: Send>(tasks: impl IntoIterator<Item = T>, work: impl Fn(T) + Sync + Send) {
+pub fn each<T: Send>(tasks: impl IntoIterator<Item = T>, work: impl Fn(T) + Sync + Send) {
     let mut tasks: Vec<T> = tasks.into_iter().collect();
     if tasks.len() > 1 {
         tasks.into_par_iter().for_each(work);

@@ -243,6 +243,34 @@ pub(crate) fn sum<const LANES: usize>(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// Transposes a block of 8 by 8: within 64 bits, within 128, whole.
+#[inline]
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+pub(crate) fn transpose_8(a: &[std::arch::x86_64::__m256; 8]) -> [std::arch::x86_64::__m256; 8] {
+    use std::arch::x86_64::{
+        _mm256_permute2f128_ps, _mm256_shuffle_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
+    };
+    let mut b = *a;
+    for i in (0..8).step_by(2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    let mut c = b;
+    for g in (0..8).step_by(4) {
+        c[g] = _mm256_shuffle_ps::<0x44>(b[g], b[g + 2]);
+        c[g + 1] = _mm256_shuffle_ps::<0xee>(b[g], b[g + 2]);
+        c[g + 2] = _mm256_shuffle_ps::<0x44>(b[g + 1], b[g + 3]);
+        c[g + 3] = _mm256_shuffle_ps::<0xee>(b[g + 1], b[g + 3]);
+    }
+    let mut d = c;
+    for j in 0..4 {
+        d[j] = _mm256_permute2f128_ps::<0x20>(c[j], c[4 + j]);
+        d[4 + j] = _mm256_permute2f128_ps::<0x31>(c[j], c[4 + j]);
+    }
+    d
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,23 +1,35 @@
 //! Frozen weights with a sparse change: a few entries, each with a trained number added to it.
 
 use std::fmt::Debug;
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn_flex::FlexTensor;
 use tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 
-use crate::matrix::{Arithmetic, PackedMatrix, product_tn};
-use crate::parallel::each;
-use crate::simd::{self, dot, fma};
+use crate::buffer::Buffer;
+use crate::matrix::{Arithmetic, PackedMatrix, product, product_nt, product_tn};
+use crate::parallel::{each, rows_of};
+use crate::recompute::Kept;
+use crate::simd::{self, fma};
 use crate::tape::{Operation, apply, from_values, is_fast, values};
+use crate::turn::{self, BLOCK, STRIP, add_turned, turn, turned};
 
 /// Looks at the whole gradient of a sparsely changed weight while it exists.
 ///
 /// The gradient of one weight is computed in the backward pass where a tap is open, shown to it,
-/// and dropped: no two weights' gradients ever exist at once.
+/// and dropped: no two weights' gradients ever exist at once. Once the tap has chosen which entries
+/// it watches, theirs alone are computed.
 pub trait GradientTap: Debug + Send + Sync {
     /// Returns whether the tap wants to see anything.
     fn is_open(&self) -> bool;
+
+    /// Returns the only entries whose gradients the tap still wants, ascending; none while it wants
+    /// all of them.
+    fn watched(&self) -> Option<Vec<u32>>;
+
+    /// Sees the gradients of the entries that [`GradientTap::watched`] gave, in their order.
+    fn see_watched(&self, gradient: &[f32]);
 
     /// Sees the gradient of one backward pass.
     ///
@@ -49,8 +61,9 @@ impl SparseEntries {
 
 /// Applies a frozen linear layer with a sparse change: `x · (W + S)ᵀ + b`.
 ///
-/// The sum is never formed: `S` costs one multiplication per entry and token in each direction, and
-/// the gradient is computed for its entries alone, unless the tap is open.
+/// `S` costs one multiplication per entry and token in each direction. Where more than one weight in
+/// 32 is changed and tokens are many, the changed weight is formed instead, in each direction, and
+/// dropped. The gradient is computed for the entries alone, unless the tap wants all.
 ///
 /// # Shapes
 /// - `x`: `[tokens, in]`; `weight`: `[out, in]`; `bias`: `[out]`; `changes`: one per index
@@ -135,39 +148,61 @@ fn check(changes: &Tensor<1>, entries: &SparseEntries, [rows, columns]: [usize; 
     }
 }
 
-/// Tokens handled at once: a row of the transposed block fills four cache lines.
-const BLOCK: usize = 64;
+/// Tokens below which each entry is multiplied by itself.
+const FEW: usize = 8;
+
+/// The changed weight is formed where at least one entry in so many is changed.
+const FORMED: usize = 32;
 
 /// Entries of one task where their gradient is computed.
-const TASK: usize = 1 << 12;
+const TASK: usize = 1 << 11;
 
-/// Turns `[tokens, width]` into blocks of `[width, BLOCK]`, the last one filled up with zeros.
-fn transposed(x: &[f32], width: usize) -> Vec<f32> {
-    if width == 0 {
-        return Vec::new();
-    }
-    let tokens = x.len() / width;
-    let mut out = vec![0.0; tokens.div_ceil(BLOCK) * BLOCK * width];
-    each(out.chunks_mut(width * BLOCK).zip(x.chunks(width * BLOCK)), |(out, x)| {
-        for (token, row) in x.chunks_exact(width).enumerate() {
-            for (column, value) in row.iter().enumerate() {
-                out[column * BLOCK + token] = *value;
-            }
-        }
-    });
-    out
+/// Entries of up to [`STRIP`] neighbouring rows of a weight.
+struct Strip {
+    /// The first row, a multiple of [`STRIP`].
+    first: usize,
+    /// Numbers of a turned strip: [`BLOCK`] for each row.
+    length: usize,
+    /// Places of the entries.
+    entries: Range<usize>,
 }
 
-/// Splits `entries` into runs of one row: the row, and the places of its entries.
-fn row_end(indices: &[u32], start: usize, columns: usize) -> (usize, usize) {
-    let row = indices[start] as usize / columns;
-    let next = ((row + 1) * columns) as u64;
-    let count = indices[start..].iter().take_while(|index| u64::from(**index) < next).count();
-    (row, start + count)
+/// Splits entries into strips, those without entries left out.
+fn strips(indices: &[u32], rows: usize, columns: usize) -> impl Iterator<Item = Strip> + use<'_> {
+    let mut start = 0;
+    std::iter::from_fn(move || {
+        let first = *indices.get(start)? as usize / columns / STRIP * STRIP;
+        let next = ((first + STRIP) * columns) as u64;
+        let count = indices[start..].partition_point(|index| u64::from(*index) < next);
+        let entries = start..start + count;
+        start += count;
+        Some(Strip { first, length: STRIP.min(rows - first) * BLOCK, entries })
+    })
 }
 
+#[inline(always)]
 fn lane_row(block: &[f32], row: usize) -> &[f32] {
     &block[row * BLOCK..][..BLOCK]
+}
+
+/// Calls `visit` for each row that has entries: its place in the strip, the index of its first
+/// number, and the places of its entries.
+#[inline(always)]
+fn for_rows(
+    strip: Strip,
+    indices: &[u32],
+    columns: usize,
+    mut visit: impl FnMut(usize, usize, Range<usize>),
+) {
+    let mut start = strip.entries.start;
+    while start < strip.entries.end {
+        let row = indices[start] as usize / columns;
+        let next = ((row + 1) * columns) as u64;
+        let rest = &indices[start..strip.entries.end];
+        let count = rest.iter().take_while(|index| u64::from(**index) < next).count();
+        visit(row - strip.first, row * columns, start..start + count);
+        start += count;
+    }
 }
 
 /// Adds `S · x` of one block of tokens: `x` is `[columns, BLOCK]`, `y` is `[tokens, rows]`.
@@ -180,20 +215,20 @@ fn forward_body<const LANES: usize, const FMA: bool>(
     y: &mut [f32],
     rows: usize,
 ) {
-    let mut start = 0;
-    while start < indices.len() {
-        let (row, end) = row_end(indices, start, columns);
-        let mut sums = [0.0; BLOCK];
-        for (index, change) in indices[start..end].iter().zip(&changes[start..end]) {
-            let x = lane_row(x, *index as usize - row * columns);
-            for (sum, x) in sums.iter_mut().zip(x) {
-                *sum = fma::<FMA>(*change, *x, *sum);
+    for strip in strips(indices, rows, columns) {
+        let mut sums = [0.0; STRIP * BLOCK];
+        let (first, length) = (strip.first, strip.length);
+        for_rows(strip, indices, columns, |row, start, places| {
+            let mut sum = [0.0; BLOCK];
+            for (index, change) in indices[places.clone()].iter().zip(&changes[places]) {
+                let x = lane_row(x, *index as usize - start);
+                for (sum, x) in sum.iter_mut().zip(x) {
+                    *sum = fma::<FMA>(*change, *x, *sum);
+                }
             }
-        }
-        for (y, sum) in y.chunks_exact_mut(rows).zip(&sums) {
-            y[row] += sum;
-        }
-        start = end;
+            sums[row * BLOCK..][..BLOCK].copy_from_slice(&sum);
+        });
+        add_turned::<FMA>(&sums[..length], rows, first, y);
     }
 }
 
@@ -207,19 +242,23 @@ fn input_body<const LANES: usize, const FMA: bool>(
     rows: usize,
     dx: &mut [f32],
 ) {
-    let mut start = 0;
-    while start < indices.len() {
-        let (row, end) = row_end(indices, start, columns);
-        let column_of_dy = gathered(dy, rows, row);
-        for (index, change) in indices[start..end].iter().zip(&changes[start..end]) {
-            let dx = &mut dx[(*index as usize - row * columns) * BLOCK..][..BLOCK];
-            for (dx, dy) in dx.iter_mut().zip(&column_of_dy) {
-                *dx = fma::<FMA>(*change, *dy, *dx);
+    let mut turned = [0.0; STRIP * BLOCK];
+    for strip in strips(indices, rows, columns) {
+        turn::<FMA>(dy, rows, strip.first, &mut turned[..strip.length]);
+        for_rows(strip, indices, columns, |row, start, places| {
+            let dy = lane_row(&turned, row);
+            for (index, change) in indices[places.clone()].iter().zip(&changes[places]) {
+                let dx = &mut dx[(*index as usize - start) * BLOCK..][..BLOCK];
+                for (dx, dy) in dx.iter_mut().zip(dy) {
+                    *dx = fma::<FMA>(*change, *dy, *dx);
+                }
             }
-        }
-        start = end;
+        });
     }
 }
+
+/// Sums of one entry's gradient on their way; their total is the gradient.
+const PARTS: usize = 8;
 
 /// Adds each entry's gradient of one block of tokens to `sums`.
 #[inline(always)]
@@ -229,28 +268,29 @@ fn entries_body<const LANES: usize, const FMA: bool>(
     x: &[f32],
     dy: &[f32],
     rows: usize,
-    sums: &mut [f32],
+    sums: &mut [[f32; PARTS]],
 ) {
-    let mut start = 0;
-    while start < indices.len() {
-        let (row, end) = row_end(indices, start, columns);
-        let column_of_dy = gathered(dy, rows, row);
-        for (index, sum) in indices[start..end].iter().zip(&mut sums[start..end]) {
-            let x = lane_row(x, *index as usize - row * columns);
-            *sum += dot::<LANES, FMA>(x, &column_of_dy);
-        }
-        start = end;
+    let mut turned = [0.0; STRIP * BLOCK];
+    for strip in strips(indices, rows, columns) {
+        turn::<FMA>(dy, rows, strip.first, &mut turned[..strip.length]);
+        for_rows(strip, indices, columns, |row, start, places| {
+            let dy = lane_row(&turned, row).as_chunks::<PARTS>().0;
+            for (index, sums) in indices[places.clone()].iter().zip(&mut sums[places]) {
+                let x = lane_row(x, *index as usize - start).as_chunks::<PARTS>().0;
+                // Two chains: each addition waits for the one before it.
+                let (mut even, mut odd) = (*sums, [0.0; PARTS]);
+                for (x, dy) in x.as_chunks::<2>().0.iter().zip(dy.as_chunks::<2>().0) {
+                    for part in 0..PARTS {
+                        even[part] = fma::<FMA>(x[0][part], dy[0][part], even[part]);
+                        odd[part] = fma::<FMA>(x[1][part], dy[1][part], odd[part]);
+                    }
+                }
+                for part in 0..PARTS {
+                    sums[part] = even[part] + odd[part];
+                }
+            }
+        });
     }
-}
-
-/// One column of up to `BLOCK` tokens, zero beyond their end.
-#[inline(always)]
-fn gathered(dy: &[f32], rows: usize, row: usize) -> [f32; BLOCK] {
-    let mut column = [0.0; BLOCK];
-    for (value, dy) in column.iter_mut().zip(dy.chunks_exact(rows)) {
-        *value = dy[row];
-    }
-    column
 }
 
 simd::versions! {
@@ -276,7 +316,7 @@ simd::versions! {
         x: &[f32],
         dy: &[f32],
         rows: usize,
-        sums: &mut [f32],
+        sums: &mut [[f32; PARTS]],
     ) = entries_body;
 }
 
@@ -290,30 +330,102 @@ struct Linear {
 /// What [`Linear`] keeps, each only where a gradient needs it.
 #[derive(Clone, Debug)]
 struct Saved {
-    x: Option<FlexTensor>,
+    x: Option<Kept>,
     changes: Option<FlexTensor>,
 }
 
 impl Linear {
-    /// Returns the gradient of the changes, after the tap has seen that of the weight.
+    /// Returns the gradient of the changes, after the tap has seen what it wants.
     fn entries_gradient(&self, x: &[f32], dy: &[f32]) -> Vec<f32> {
         let (rows, columns) = (self.weight.rows(), self.weight.columns());
         let indices = &self.entries.indices;
+        let mut watched = None;
         if let Some(tap) = self.entries.open_tap() {
-            let tokens = dy.len() / rows.max(1);
-            let mut whole = vec![0.0; rows * columns];
-            product_tn(Arithmetic::F32, [rows, tokens, columns], dy, x, &mut whole);
-            tap.see(&whole, columns, &|row, out| self.weight.row_into(row, out), indices);
-            return indices.iter().map(|index| whole[*index as usize]).collect();
+            watched = tap.watched().map(|indices| (tap, indices));
+            if watched.is_none() {
+                let tokens = dy.len() / rows.max(1);
+                let mut whole = Buffer::dirty(rows * columns);
+                product_tn(Arithmetic::F32, [rows, tokens, columns], dy, x, &mut whole);
+                tap.see(&whole, columns, &|row, out| self.weight.row_into(row, out), indices);
+                return indices.iter().map(|index| whole[*index as usize]).collect();
+            }
         }
-        let blocks = transposed(x, columns);
-        let mut sums = vec![0.0; indices.len()];
-        each(indices.chunks(TASK).zip(sums.chunks_mut(TASK)), |(indices, sums)| {
-            for (x, dy) in blocks.chunks(columns * BLOCK).zip(dy.chunks(rows * BLOCK)) {
-                entries_block(indices, columns, x, dy, rows, sums);
+        let blocks = turned(x, columns);
+        if let Some((tap, indices)) = watched {
+            tap.see_watched(&gradient_at(&indices, &blocks, dy, [rows, columns]));
+        }
+        gradient_at(indices, &blocks, dy, [rows, columns])
+    }
+
+    /// Adds `Sᵀ · dy` to the gradient of the input.
+    fn add_to_input(&self, changes: &[f32], dy: &[f32], dx: &mut [f32]) {
+        let (rows, columns) = (self.weight.rows(), self.weight.columns());
+        let indices = &self.entries.indices;
+        each(dy.chunks(rows * BLOCK).zip(dx.chunks_mut(columns * BLOCK)), |(dy, dx)| {
+            let mut block = Buffer::zeros(columns * BLOCK);
+            input_block(indices, changes, columns, dy, rows, &mut block);
+            turn::add_all(&block, columns, dx);
+        });
+    }
+
+    /// Forms the changed weight, where that costs less than the changes by themselves: many tokens
+    /// pay for one more pass over the weight.
+    fn formed(&self, changes: &[f32], tokens: usize) -> Option<Buffer> {
+        let (rows, columns) = (self.weight.rows(), self.weight.columns());
+        let indices = &self.entries.indices;
+        if tokens < BLOCK || indices.len() < rows * columns / FORMED {
+            return None;
+        }
+        let mut whole = Buffer::dirty(rows * columns);
+        let each_rows = rows_of(columns);
+        each(whole.chunks_mut(each_rows * columns).enumerate(), |(chunk, whole)| {
+            let first = chunk * each_rows;
+            for (row, out) in whole.chunks_exact_mut(columns).enumerate() {
+                self.weight.row_into(first + row, out);
+            }
+            let place = |index: usize| indices.partition_point(|i| (*i as usize) < index);
+            let start = first * columns;
+            let places = place(start)..place(start + whole.len());
+            for (index, change) in indices[places.clone()].iter().zip(&changes[places]) {
+                whole[*index as usize - start] += change;
             }
         });
-        sums
+        Some(whole)
+    }
+}
+
+/// Returns the weight's gradient at some entries; `x` is in turned blocks, `dy` is `[tokens, rows]`.
+fn gradient_at(indices: &[u32], x: &[f32], dy: &[f32], [rows, columns]: [usize; 2]) -> Vec<f32> {
+    let mut gradient = vec![0.0; indices.len()];
+    each(indices.chunks(TASK).zip(gradient.chunks_mut(TASK)), |(indices, gradient)| {
+        let mut sums = vec![[0.0; PARTS]; indices.len()];
+        for (x, dy) in x.chunks(columns * BLOCK).zip(dy.chunks(rows * BLOCK)) {
+            entries_block(indices, columns, x, dy, rows, &mut sums);
+        }
+        gradient.iter_mut().zip(sums).for_each(|(gradient, sums)| *gradient = simd::sum(sums));
+    });
+    gradient
+}
+
+/// Adds `S · x` of a few tokens, which would leave most of a block idle.
+fn add_few(
+    indices: &[u32],
+    changes: &[f32],
+    x: &[f32],
+    columns: usize,
+    y: &mut [f32],
+    rows: usize,
+) {
+    for (x, y) in x.chunks_exact(columns).zip(y.chunks_exact_mut(rows)) {
+        let (mut row, mut start) = (0, 0);
+        for (index, change) in indices.iter().zip(changes) {
+            let index = *index as usize;
+            if index >= start + columns {
+                row = index / columns;
+                start = row * columns;
+            }
+            y[row] += change * x[index - start];
+        }
     }
 }
 
@@ -324,20 +436,28 @@ impl<const N: usize> Operation<N> for Linear {
         let (rows, columns) = (self.weight.rows(), self.weight.columns());
         let (x, changes) = (values(&inputs[0]), values(&inputs[1]));
         let tokens = inputs[0].layout().shape()[0];
-        let mut y = vec![0.0; tokens * rows];
-        self.weight.multiply(x, tokens, &mut y, inputs.get(2).map(values));
+        let mut y = Buffer::dirty(tokens * rows);
         let indices = &self.entries.indices;
-        if !indices.is_empty() && tokens > 0 {
-            let blocks = transposed(x, columns);
-            each(blocks.chunks(columns * BLOCK).zip(y.chunks_mut(rows * BLOCK)), |(x, y)| {
-                forward_block(indices, changes, columns, x, y, rows);
-            });
+        let bias = inputs.get(2).map(values);
+        if let Some(whole) = self.formed(changes, tokens) {
+            let shape = [tokens, columns, rows];
+            product_nt(self.weight.arithmetic(), shape, x, &whole, bias, &mut y);
+        } else {
+            self.weight.multiply(x, tokens, &mut y, bias);
+            if tokens < FEW {
+                add_few(indices, changes, x, columns, &mut y, rows);
+            } else if !indices.is_empty() {
+                let blocks = turned(x, columns);
+                each(blocks.chunks(columns * BLOCK).zip(y.chunks_mut(rows * BLOCK)), |(x, y)| {
+                    forward_block(indices, changes, columns, x, y, rows);
+                });
+            }
         }
         let saved = Saved {
-            x: wanted[1].then(|| inputs[0].clone()),
+            x: wanted[1].then(|| Kept::of(&inputs[0])),
             changes: wanted[0].then(|| inputs[1].clone()),
         };
-        (from_values(y, [tokens, rows]), saved)
+        (y.into_tensor([tokens, rows]), saved)
     }
 
     fn backward(
@@ -352,23 +472,21 @@ impl<const N: usize> Operation<N> for Linear {
         let indices = &self.entries.indices;
         let dx = saved.changes.map(|changes| {
             let changes = values(&changes);
-            let mut dx = vec![0.0; tokens * columns];
-            self.weight.multiply_transposed(dy, tokens, &mut dx);
-            if !indices.is_empty() && tokens > 0 {
-                each(dy.chunks(rows * BLOCK).zip(dx.chunks_mut(columns * BLOCK)), |(dy, dx)| {
-                    let mut block = vec![0.0; columns * BLOCK];
-                    input_block(indices, changes, columns, dy, rows, &mut block);
-                    for (token, dx) in dx.chunks_exact_mut(columns).enumerate() {
-                        for (column, dx) in dx.iter_mut().enumerate() {
-                            *dx += block[column * BLOCK + token];
-                        }
-                    }
-                });
+            let mut dx = Buffer::dirty(tokens * columns);
+            if let Some(whole) = self.formed(changes, tokens) {
+                let shape = [tokens, rows, columns];
+                product(self.weight.arithmetic(), shape, dy, &whole, &mut dx);
+            } else {
+                self.weight.multiply_transposed(dy, tokens, &mut dx);
+                if !indices.is_empty() && tokens > 0 {
+                    self.add_to_input(changes, dy, &mut dx);
+                }
             }
-            from_values(dx, [tokens, columns])
+            dx.into_tensor([tokens, columns])
         });
-        let changes =
-            saved.x.map(|x| from_values(self.entries_gradient(values(&x), dy), [indices.len()]));
+        let changes = saved
+            .x
+            .map(|x| from_values(self.entries_gradient(values(x.tensor()), dy), [indices.len()]));
         let bias = wanted.get(2).is_some_and(|wanted| *wanted).then(|| {
             let mut sums = vec![0.0; rows];
             for row in dy.chunks_exact(rows.max(1)) {
@@ -437,7 +555,7 @@ mod tests {
     use std::sync::Mutex;
 
     fn some_indices(numbers: &mut Numbers, count: usize) -> Arc<[u32]> {
-        let one_in = numbers.pick(&[1, 3, 20]);
+        let one_in = numbers.pick(&[1, 3, 20, 100]);
         let mut indices: Vec<u32> =
             (0..count as u32).filter(|_| numbers.between(1, one_in) == 1).collect();
         if indices.is_empty() {
@@ -447,7 +565,7 @@ mod tests {
     }
 
     fn case(numbers: &mut Numbers) -> (Arc<PackedMatrix>, SparseEntries, Vec<Input>, String) {
-        let [n, width, out] = [(); 3].map(|()| numbers.pick(&[1, 3, 8, 17, 50, 130]));
+        let [n, width, out] = [(); 3].map(|()| numbers.pick(&[1, 3, 8, 17, 70, 130]));
         let form = numbers.pick(&[Form::F32, Form::Bf16]);
         let weight: Vec<f32> = (0..out * width).map(|_| numbers.normal() as f32).collect();
         let weight = Arc::new(PackedMatrix::from_f32(out, width, weight, form).unwrap());
@@ -537,6 +655,14 @@ mod tests {
             true
         }
 
+        fn watched(&self) -> Option<Vec<u32>> {
+            None
+        }
+
+        fn see_watched(&self, _gradient: &[f32]) {
+            unreachable!("nothing is watched");
+        }
+
         fn see(
             &self,
             gradient: &[f32],
@@ -577,5 +703,47 @@ mod tests {
             assert_eq!(seen[0].0, [10.0, 20.0, 30.0, 100.0, 200.0, 300.0]);
             assert_eq!((&seen[0].1, &seen[0].2), (&vec![1.0; 3], &indices));
         }
+    }
+
+    /// Watches entries whose gradients are then all it is shown.
+    #[derive(Debug)]
+    struct Watching(Vec<u32>, Mutex<Vec<Vec<f32>>>);
+
+    impl GradientTap for Watching {
+        fn is_open(&self) -> bool {
+            true
+        }
+
+        fn watched(&self) -> Option<Vec<u32>> {
+            Some(self.0.clone())
+        }
+
+        fn see_watched(&self, gradient: &[f32]) {
+            self.1.lock().unwrap().push(gradient.to_vec());
+        }
+
+        fn see(&self, _: &[f32], _: usize, _: &dyn Fn(usize, &mut [f32]), _: &[u32]) {
+            unreachable!("the whole gradient is not wanted");
+        }
+    }
+
+    #[test]
+    fn a_tap_that_has_chosen_sees_its_entries_alone() {
+        let weight = Arc::new(PackedMatrix::from_f32(2, 3, vec![1.0; 6], Form::F32).unwrap());
+        let device = tensor::Device::flex().autodiff();
+        let x = Tensor::<2>::from_floats([[1.0, 2.0, 3.0], [1.0, 0.0, 0.5]], &device);
+        let tap = Arc::new(Watching(vec![0, 2, 5], Mutex::default()));
+        let entries = SparseEntries {
+            indices: [4].into(),
+            tap: Some(Arc::clone(&tap) as Arc<dyn GradientTap>),
+        };
+        let changes = Tensor::<1>::from_floats([0.5], &device).require_grad();
+        let y = linear_sparse(x, &weight, None, changes.clone(), &entries);
+        let scale = Tensor::<2>::from_floats([[10.0, 100.0]], &device);
+        let gradients = (y * scale).sum().backward();
+        let found: Vec<f32> = changes.grad(&gradients).unwrap().into_data().try_to_vec().unwrap();
+        assert_eq!(found, [200.0]);
+        // dW = dyᵀ x: 10 · (1 + 1), 10 · (3 + 0.5), 100 · (3 + 0.5).
+        assert_eq!(*tap.1.lock().unwrap(), [[20.0, 35.0, 350.0]]);
     }
 }

@@ -1,4 +1,4 @@
-//! The README.md beside a merged model, with the hub's front matter.
+//! Cards: the README.md beside a model, with the hub's front matter.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -83,12 +83,22 @@ fn licence(models: &[Model]) -> Option<String> {
     licences.all(|other| other.as_ref() == Some(&first)).then_some(first)
 }
 
-fn licence_of(folder: &Path) -> Option<String> {
+/// Returns the licence the card in a model's or adapter's folder states.
+pub fn licence_of(folder: &Path) -> Option<String> {
     let text = std::fs::read_to_string(folder.join("README.md")).ok()?;
-    let (front, _) = text.strip_prefix("---\n")?.split_once("\n---")?;
+    licence_in(front_matter(&text)?.0)
+}
+
+/// Returns the licence front matter states: one plain word.
+pub fn licence_in(front: &str) -> Option<String> {
     let licence = front.lines().find_map(|line| line.strip_prefix("license:"))?.trim();
     let plain = licence.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.'));
     (plain && !licence.is_empty()).then(|| licence.to_owned())
+}
+
+/// Splits a card into its front matter, without the lines that enclose it, and what follows.
+pub fn front_matter(card: &str) -> Option<(&str, &str)> {
+    card.strip_prefix("---\n")?.split_once("\n---\n")
 }
 
 fn longest_run(text: &str) -> usize {

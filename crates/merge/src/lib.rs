@@ -2,7 +2,7 @@
 //!
 //! Everything streams: memory holds a few tensors, whatever the size of the model.
 
-mod card;
+pub mod card;
 pub mod combine;
 pub mod compeft;
 pub mod diff;

@@ -20,6 +20,7 @@ use crate::{Error, Result};
 
 const LABEL: &str = "merging";
 const JOURNAL: &str = "journal";
+/// Bytes written at once: a file system keeps large writes in large pieces.
 const STEP_BYTES: usize = 1 << 18;
 
 /// Default limit of a weight file, in bytes: the ecosystem's own.
@@ -41,6 +42,9 @@ pub struct ModelWriter {
     existing: Existing,
     folder: AtomicFolder,
     files: Vec<File>,
+    /// Held while a tensor writes: the system lets one writer into a file at a time, and those that
+    /// wait there burn a processor that merging and flushing need.
+    turn: Mutex<()>,
     places: BTreeMap<String, Place>,
     journal: Mutex<Journal>,
     resumed: BTreeSet<String>,
@@ -137,7 +141,8 @@ impl ModelWriter {
         write(&mut journal).map_err(|e| folder.error(e))?;
         let journal = Mutex::new(Journal { file: journal, done: resumed.len() });
         let target = target.to_path_buf();
-        Ok(Self { target, existing, folder, files, places, journal, resumed })
+        let turn = Mutex::new(());
+        Ok(Self { target, existing, folder, files, turn, places, journal, resumed })
     }
 
     /// Returns the number of tensors in all.
@@ -169,7 +174,9 @@ impl ModelWriter {
             place,
             at: place.span.start,
             crc: crc32fast::Hasher::new(),
-            scratch: Vec::new(),
+            waiting: Vec::with_capacity(
+                STEP_BYTES.min((place.span.end - place.span.start) as usize),
+            ),
         })
     }
 
@@ -234,9 +241,10 @@ pub struct TensorWriter<'a> {
     model: &'a ModelWriter,
     name: &'a str,
     place: &'a Place,
+    /// Where in the file the waiting bytes begin.
     at: u64,
     crc: crc32fast::Hasher,
-    scratch: Vec<u8>,
+    waiting: Vec<u8>,
 }
 
 impl TensorWriter<'_> {
@@ -250,13 +258,11 @@ impl TensorWriter<'_> {
         if dtype == Dtype::F32 && cfg!(target_endian = "little") {
             return self.push_bytes(bytemuck::cast_slice(values));
         }
-        let mut bytes = std::mem::take(&mut self.scratch);
+        self.check_length(values.len() * dtype.size())?;
         dtype
-            .encode_into(values, &mut bytes)
+            .encode_behind(values, &mut self.waiting)
             .map_err(|e| self.model.problem(self.name, e.into()))?;
-        self.push_bytes(&bytes)?;
-        self.scratch = bytes;
-        Ok(())
+        self.write_when_full()
     }
 
     /// Writes the next numbers as they are stored: row-major, little endian.
@@ -264,14 +270,38 @@ impl TensorWriter<'_> {
     /// # Errors
     /// As [`Self::push`].
     pub fn push_bytes(&mut self, bytes: &[u8]) -> Result<()> {
-        let end = self.at + bytes.len() as u64;
-        if end > self.place.span.end {
-            return Err(self.wrong_length(end));
+        self.check_length(bytes.len())?;
+        self.waiting.extend_from_slice(bytes);
+        self.write_when_full()
+    }
+
+    /// Refuses more bytes than were announced.
+    fn check_length(&self, more: usize) -> Result<()> {
+        let end = self.at + (self.waiting.len() + more) as u64;
+        if end > self.place.span.end { Err(self.wrong_length(end)) } else { Ok(()) }
+    }
+
+    /// Writes what waits up to a multiple of [`STEP_BYTES`] of the file, so that pieces of
+    /// neighbouring writes do not share a page.
+    fn write_when_full(&mut self) -> Result<()> {
+        let end = self.at + self.waiting.len() as u64;
+        let whole = end - end % STEP_BYTES as u64;
+        if whole <= self.at {
+            return Ok(());
         }
+        self.write((whole - self.at) as usize)
+    }
+
+    fn write(&mut self, count: usize) -> Result<()> {
+        let bytes = &self.waiting[..count];
         let file = &self.model.files[self.place.file];
-        write_all_at(file, bytes, self.at).map_err(|e| self.model.folder.error(e))?;
+        {
+            let _turn = self.model.turn.lock().unwrap_or_else(PoisonError::into_inner);
+            write_all_at(file, bytes, self.at).map_err(|e| self.model.folder.error(e))?;
+        }
         self.crc.update(bytes);
-        self.at = end;
+        self.at += count as u64;
+        self.waiting.drain(..count);
         Ok(())
     }
 
@@ -279,10 +309,12 @@ impl TensorWriter<'_> {
     ///
     /// # Errors
     /// [`Error::Save`] if values are missing, [`Error::Write`] if the disk refuses.
-    pub fn finish(self) -> Result<()> {
-        if self.at != self.place.span.end {
-            return Err(self.wrong_length(self.at));
+    pub fn finish(mut self) -> Result<()> {
+        let end = self.at + self.waiting.len() as u64;
+        if end != self.place.span.end {
+            return Err(self.wrong_length(end));
         }
+        self.write(self.waiting.len())?;
         let line = journal_line(self.crc.finalize(), self.name);
         let mut journal = self.model.journal.lock().unwrap_or_else(PoisonError::into_inner);
         journal.file.write_all(line.as_bytes()).map_err(|e| self.model.folder.error(e))?;

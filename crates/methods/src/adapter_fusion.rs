@@ -21,7 +21,7 @@ use crate::replacement;
 use crate::state::block::Bottleneck;
 use crate::state::keys::Keys;
 use crate::state::sublayer::{Insertion, Through, read_of};
-use crate::state::{FileTensors, Made, Slot, StateMethod};
+use crate::state::{FileTensors, Made, Needs, Slot, StateMethod};
 use crate::unified_view::{Composition, Module, Placed, UnifiedView};
 
 options! {
@@ -247,7 +247,8 @@ impl Method for AdapterFusion {
     }
 
     fn promises(&self) -> Promises {
-        Promises { starts_at_base: self.options.adapters.is_empty(), ..Promises::default() }
+        let starts_at_base = self.options.adapters.is_empty();
+        Promises { starts_at_base, refuses: Needs::OneStack.refusal(), ..Promises::default() }
     }
 
     fn examples(&self) -> &'static [&'static str] {
@@ -255,6 +256,7 @@ impl Method for AdapterFusion {
     }
 
     fn plan(&self, spec: &ModelSpec) -> Result<MethodPlan> {
+        Needs::OneStack.check(CARD.name, spec)?;
         let members = self.members()?;
         let trained = |member: usize| members[member].trained.is_some();
         let mut parameters = Vec::new();

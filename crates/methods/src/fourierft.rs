@@ -64,7 +64,7 @@ impl WeightMethod for FourierftOptions {
         targets: &["all-linear"],
         examples: &[
             "n_frequency = 20\nscaling = 5.0",
-            "n_frequency = 100\nscaling = 2.0\nseed = 1\nn_frequency_pattern = { \"v_proj\" = 3 }",
+            "n_frequency = 60\nscaling = 2.0\nseed = 1\nn_frequency_pattern = { \"v_proj\" = 3 }",
         ],
     };
 

@@ -100,7 +100,7 @@ impl WeightMethod for FrodOptions {
         _random: &mut Random,
     ) -> Result<Built> {
         let kinds = kinds(context.targets);
-        let own = category(&target.module);
+        let own = kind(target, context.targets);
         let index = kinds.keys().position(|kind| *kind == own).unwrap_or_default();
         let Some(Values::Floats(basis)) = context.shared.get(3 * index) else {
             unreachable!("the basis of `{own}` was made before its targets")
@@ -123,7 +123,7 @@ impl WeightMethod for FrodOptions {
     fn shared(&self, context: &Context<'_>) -> Result<Vec<Slot>> {
         let mut slots = Vec::new();
         for (kind, targets) in kinds(context.targets) {
-            let columns = same_width(&kind, &targets)?;
+            let columns = width(&targets);
             let (count, limit) = (self.num_places(columns), columns as i32);
             let kept = |slot: Slot| slot.buffer().saved_if(context.is_complete);
             slots.push(kept(Slot::computed(format!("frod_V.{kind}"), [columns, columns])));
@@ -138,8 +138,8 @@ impl WeightMethod for FrodOptions {
     fn shared_values(&self, context: &Context<'_>, weights: &Weights) -> Result<Vec<Values>> {
         let mut generator = TorchGenerator::new(self.seed);
         let mut values = Vec::new();
-        for (kind, targets) in kinds(context.targets) {
-            let columns = same_width(&kind, &targets)?;
+        for targets in kinds(context.targets).into_values() {
+            let columns = width(&targets);
             let read = |target: &&Target| -> Result<Vec<f64>> {
                 let values = weights.values(&target.name)?;
                 Ok(values.iter().map(|value| f64::from(*value)).collect())
@@ -209,27 +209,29 @@ fn category(module: &str) -> String {
     }
 }
 
-/// Groups targets that share a basis, by name.
+/// Returns the name of the basis a target shares: PEFT's, and where a model has weights of that
+/// kind in several widths (two towers), the width behind it for all but the first.
+fn kind(target: &Target, targets: &[Target]) -> String {
+    let own = category(&target.module);
+    let first = targets.iter().find(|other| category(&other.module) == own);
+    if first.is_some_and(|first| first.columns != target.columns) {
+        return format!("{own}_{}", target.columns);
+    }
+    own
+}
+
+/// Groups targets that share a basis, by its name.
 fn kinds(targets: &[Target]) -> BTreeMap<String, Vec<&Target>> {
     let mut kinds: BTreeMap<String, Vec<&Target>> = BTreeMap::new();
     for target in targets {
-        kinds.entry(category(&target.module)).or_default().push(target);
+        kinds.entry(kind(target, targets)).or_default().push(target);
     }
     kinds
 }
 
-fn same_width(kind: &str, targets: &[&Target]) -> Result<usize> {
-    let columns = targets.first().map_or(0, |target| target.columns);
-    match targets.iter().find(|target| target.columns != columns) {
-        None => Ok(columns),
-        Some(other) => Err(Error::Setting {
-            setting: "method.frod.targets".to_owned(),
-            what: format!("weights of the kind `{kind}` share a basis, but differ in width"),
-            expected: format!("{columns} inputs, as the first has"),
-            found: format!("{} inputs at {}", other.columns, other.module),
-            help: "leave one of them out with `exclude`".to_owned(),
-        }),
-    }
+/// Returns the width all of a kind have.
+fn width(targets: &[&Target]) -> usize {
+    targets.first().map_or(0, |target| target.columns)
 }
 
 fn dependent(module: &str) -> Error {

@@ -51,7 +51,8 @@ impl StateMethod for MultitaskPromptTuning {
     }
 
     fn promises(&self) -> Promises {
-        Promises { starts_at_base: false, ..Promises::default() }
+        let num_tasks = Some(self.tasks);
+        Promises { starts_at_base: false, num_tasks, ..Promises::default() }
     }
 
     fn examples() -> &'static [&'static str] {

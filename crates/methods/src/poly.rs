@@ -1,7 +1,7 @@
 //! Poly: each task mixes low-rank changes from a store of skills that all tasks share.
 
 use retune_core::change::{Changes, Scope, SiteView, StateChange};
-use retune_core::method::Card;
+use retune_core::method::{Card, Promises};
 use retune_core::parameters::ParameterId;
 use retune_core::spec::{ModelSpec, WeightSpec};
 use retune_core::targets::{Among, Targets};
@@ -84,6 +84,10 @@ impl StateMethod for Poly {
         options: registry::specs::<Self>,
     };
     const PEFT_TYPE: &'static str = "POLY";
+
+    fn promises(&self) -> Promises {
+        Promises { num_tasks: Some(self.tasks), ..Promises::default() }
+    }
 
     fn examples() -> &'static [&'static str] {
         &["rank = 2\ntasks = 2\nskills = 3\nsplits = 2\ntask = 1"]

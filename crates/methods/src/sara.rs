@@ -203,11 +203,17 @@ fn pairs(parameters: &Parameters) -> Vec<(ParameterId, ParameterId)> {
     sparse.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect()
 }
 
+/// Factors of `x`, `x³` and `x⁵` in a step that makes small singular values 3.4 times as large and
+/// keeps those near 1 between 0.6 and 1.3.
+const FIFTH_ORDER: [f64; 3] = [3.4445, -4.7750, 2.0315];
+
 /// Returns `A · Bᵀ` of a matrix `A · diag(s) · Bᵀ`, a subgradient of its nuclear norm; nothing for a
 /// matrix of zeros.
 ///
-/// By Newton and Schulz's iteration, which needs products only; singular values below 1e-5 of the
-/// matrix's length come out too small, as is right for those that are zero.
+/// By Newton and Schulz's iteration, which needs products only. Steps of the fifth order come first:
+/// they bring small singular values near 1 fastest, though never to it; those of the third order do
+/// the rest. Singular values below 1e-5 of the matrix's length come out too small, as is right for
+/// those that are zero.
 fn polar_factor(matrix: Tensor<2>) -> Option<Tensor<2>> {
     let length = to_vec(matrix.clone().powi_scalar(2).sum().sqrt())[0];
     if length == 0.0 || !length.is_finite() {
@@ -216,7 +222,13 @@ fn polar_factor(matrix: Tensor<2>) -> Option<Tensor<2>> {
     let [rows, columns] = matrix.dims();
     let tall = rows > columns;
     let mut x = if tall { matrix.transpose() } else { matrix }.div_scalar(length);
-    for _ in 0..32 {
+    for _ in 0..10 {
+        let gram = matmul_nt(x.clone(), x.clone());
+        let [first, third, fifth] = FIFTH_ORDER;
+        let factor = gram.clone().mul_scalar(third) + matmul(gram.clone(), gram).mul_scalar(fifth);
+        x = x.clone().mul_scalar(first) + matmul(factor, x);
+    }
+    for _ in 0..5 {
         let gram = matmul_nt(x.clone(), x.clone());
         x = x.clone().mul_scalar(1.5) - matmul(gram, x).mul_scalar(0.5);
     }

@@ -12,7 +12,6 @@ use crate::checks;
 use crate::frame::{
     self, Addition, Built, Context, Delta, Facts, Slot, Target, Values, View, WeightMethod,
 };
-use crate::linear_algebra::scatter;
 use crate::registry::{self, Plugin};
 
 options! {
@@ -96,6 +95,6 @@ impl Addition for Shira {
         let (rows, columns) = tensors.integers(1).split_at(tensors.integers(1).len() / 2);
         let width = self.shape[1] as i32;
         let places: Vec<i32> = rows.iter().zip(columns).map(|(r, c)| r * width + c).collect();
-        Delta::Dense(scatter(tensors.get(0), &places, self.shape))
+        Delta::Sparse { values: tensors.get(0), places, shape: self.shape }
     }
 }

@@ -338,6 +338,7 @@ impl Method for Stack {
             all.exact_gradients &= own.exact_gradients;
             all.quantized_base &= own.quantized_base;
             all.needs_base |= own.needs_base;
+            all.num_tasks = all.num_tasks.into_iter().chain(own.num_tasks).min();
         }
         all
     }

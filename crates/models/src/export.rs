@@ -47,15 +47,16 @@ fn dtype_name(dtype: Dtype) -> &'static str {
     }
 }
 
-/// Writes a folder with `config.json`, safetensors and `others`, which appears whole or not at all.
+/// Writes a folder with `config.json`, safetensors and `others`, which appears whole or not at all
+/// in place of what has its name.
 ///
 /// `values` gives a weight in its logical shape (`[outputs, inputs]` for linear layers) and is
 /// asked once per weight, so one tensor is in memory at a time. `others` are files to be put
 /// beside, such as the tokenizer's.
 ///
 /// # Errors
-/// If a value does not fit the type, the type is none of F32, BF16 and F16, or the folder exists
-/// or cannot be written; those of `values`.
+/// If a value does not fit the type, the type is none of F32, BF16 and F16, or the folder
+/// cannot be written; those of `values`.
 pub fn write_folder(
     target: &Path,
     spec: &ModelSpec,
@@ -93,7 +94,7 @@ pub fn write_folder(
         writer.write_f32(&weight.name, &numbers)?;
     }
     writer.finish()?;
-    Ok(folder.commit()?)
+    Ok(folder.replace()?)
 }
 
 fn is_transposed(weight: &WeightSpec) -> bool {

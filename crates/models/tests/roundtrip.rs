@@ -80,11 +80,15 @@ fn a_folder_in_bf16_is_rounded() {
     for (found, exact) in found.iter().zip(weights.values(name).unwrap()) {
         assert!((found - exact).abs() <= exact.abs() / 256.0, "{found} {exact}");
     }
-    // A folder that is there already is not written over.
-    let again = write_folder(&target, model.spec(), Dtype::F32, u64::MAX, &[], |weight| {
+    // A folder that is there already stays whole until the new one is, and is then replaced.
+    let fails = write_folder(&target, model.spec(), Dtype::F32, u64::MAX, &[], |_| Ok(Vec::new()));
+    assert!(fails.is_err() && target.join("README.md").exists());
+    write_folder(&target, model.spec(), Dtype::F32, u64::MAX, &[], |weight| {
         weights.values(&weight.name)
-    });
-    assert!(again.is_err());
+    })
+    .unwrap();
+    assert!(!target.join("README.md").exists());
+    assert_eq!(open(&target).unwrap().config.text("dtype").unwrap(), Some("float32"));
 }
 
 /// Widths that hold whole blocks of 32 values.

@@ -1,10 +1,18 @@
 //! Model cards: the README.md beside what a run leaves behind.
 
-use std::fmt::Write;
+mod beside;
+mod origin;
 
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+pub use beside::{card_path, check_card_free, write_card};
+pub use origin::{Outputs, with_origins};
+
+use retune_merge::card::{front_matter, licence_of};
 use serde_json::Value;
 
-use crate::artefacts::report::{Metric, RunReport};
+use crate::artefacts::report::{DataSummary, Measured, Metric, RunReport};
 use crate::prepare::Prepared;
 use retune_core::method::Card;
 
@@ -26,16 +34,11 @@ pub fn with_results(card: &str, report: &RunReport) -> String {
         .filter_map(|metric| Some((metric, metric.after?.value)))
         .filter(|(_, value)| value.is_finite())
         .collect();
-    let Some((head, body)) = card.strip_prefix("---\n").and_then(|card| card.split_once("\n---\n"))
-    else {
-        return card.to_owned();
-    };
+    let Some((head, body)) = front_matter(card) else { return card.to_owned() };
     if measured.is_empty() {
         return card.to_owned();
     }
-    // JSON's strings are YAML's.
-    let quoted = |text: &str| Value::from(text).to_string();
-    let data = std::path::Path::new(&report.data.source).file_stem();
+    let data = Path::new(&report.data.source).file_stem();
     let data = quoted(&data.map_or_else(String::new, |name| name.to_string_lossy().into()));
     let names: Vec<String> =
         measured.iter().map(|(metric, _)| format!("- {}\n", metric.name)).collect();
@@ -67,25 +70,70 @@ pub fn with_results(card: &str, report: &RunReport) -> String {
     text
 }
 
-/// Finds the licence of a model that has a name.
-fn licence_of(base: &str) -> Option<String> {
-    let known = retune_hub::catalogue().iter().find(|entry| entry.name == base)?;
-    Some(known.licence.to_lowercase())
+/// As [`with_results`], of a model that was measured once, after it was made.
+pub fn with_measured(card: &str, name: &str, data: &str, found: &[(&str, f64)]) -> String {
+    let metric = |(name, value): &(&str, f64)| Metric {
+        name: (*name).to_owned(),
+        after: Some(Measured { value: *value, std_error: None }),
+        held_out: true,
+        ..Metric::default()
+    };
+    let report = RunReport {
+        name: name.to_owned(),
+        data: DataSummary { source: data.to_owned(), ..DataSummary::default() },
+        metrics: found.iter().map(metric).collect(),
+        ..RunReport::default()
+    };
+    with_results(card, &report)
 }
 
-/// Writes the line of front matter that says the licence, where it is known.
-fn licence_line(base: &str) -> String {
-    licence_of(base).map_or_else(String::new, |licence| format!("license: {licence}\n"))
+/// Writes a text as a string of JSON, which is one of YAML too.
+fn quoted(text: &str) -> String {
+    Value::from(text).to_string()
 }
 
-/// Writes the card of a model that was merged from a base and an adapter.
-pub fn merged_card(base: &str, adapter: &str) -> String {
-    let licence = licence_line(base);
-    format!(
-        "---\nlibrary_name: transformers\nbase_model: {base}\n{licence}tags:\n- retune\n---\n\n\
-         `{base}` with the adapter `{adapter}` merged in by retune {}.\n",
-        env!("CARGO_PKG_VERSION")
-    )
+/// Finds a model of the catalogue by its name here or on the hub.
+fn known(base: &str) -> Option<retune_hub::CatalogueEntry> {
+    let is_it = |entry: &retune_hub::CatalogueEntry| {
+        entry.name == base || entry.repository.is_some_and(|repository| repository == base)
+    };
+    retune_hub::catalogue().iter().find(|entry| is_it(entry)).cloned()
+}
+
+/// Writes the lines of front matter that say what a model was made from, by its name on the hub
+/// where it has one, and under which licence, where that is known.
+fn base_lines(base: &str, licence: Option<&str>) -> String {
+    let hub = base.strip_prefix("hf:").map(|name| name.split('@').next().unwrap_or(name));
+    let entry = known(hub.unwrap_or(base));
+    let name = entry.as_ref().and_then(|entry| entry.repository).or(hub).unwrap_or(base);
+    let plain = |c: char| c.is_alphanumeric() || "-_./:".contains(c);
+    let name = if name.chars().all(plain) { name.to_owned() } else { quoted(name) };
+    let licence = licence.or(entry.as_ref().map(|entry| entry.licence)).map(str::to_lowercase);
+    let licence = licence.or_else(|| licence_of(Path::new(base)));
+    let licence = licence.map_or_else(String::new, |licence| format!("license: {licence}\n"));
+    format!("base_model: {name}\n{licence}")
+}
+
+/// Writes the card of a model that was merged from a base and adapters.
+pub fn merged_card(base: &str, adapters: &[PathBuf], title: &str) -> String {
+    let card = derived_card(&Derived {
+        library: "transformers",
+        base: Some(base),
+        tag: "merged",
+        title,
+        summary: "A model with adapters merged in, one after the other.",
+        facts: &[("base", format!("`{base}`")), ("adapters", listed(adapters))],
+    });
+    with_origins(&card, adapters, Outputs::Same)
+}
+
+/// Lists adapters in the order they are applied.
+pub fn listed(adapters: &[PathBuf]) -> String {
+    if adapters.is_empty() {
+        return "none".to_owned();
+    }
+    let names: Vec<String> = adapters.iter().map(|path| format!("`{}`", path.display())).collect();
+    names.join(", then ")
 }
 
 /// What a card says of weights that were computed from other weights.
@@ -108,10 +156,10 @@ pub struct Derived<'a> {
 /// Writes the card of weights that were computed from other weights, with the hub's front matter.
 pub fn derived_card(derived: &Derived<'_>) -> String {
     let mut text = format!("---\nlibrary_name: {}\n", derived.library);
-    // Errors of writing into a String do not happen.
     if let Some(base) = derived.base {
-        let _ = write!(text, "base_model: {base}\n{}", licence_line(base));
+        text.push_str(&base_lines(base, None));
     }
+    // Errors of writing into a String do not happen.
     let _ = writeln!(text, "tags:\n- {}\n- retune\n---\n", derived.tag);
     let _ = writeln!(text, "# {}\n\n{}\n\n| | |\n|---|---|", derived.title, derived.summary);
     for (name, value) in derived.facts {
@@ -123,15 +171,12 @@ pub fn derived_card(derived: &Derived<'_>) -> String {
 
 fn card(prepared: &Prepared, library: &str, card: &Card) -> String {
     let plan = &prepared.plan;
-    let mut text = format!("---\nlibrary_name: {library}\n");
+    let base = base_lines(&plan.model.name, plan.model.licence.as_deref());
+    let mut text = format!("---\nlibrary_name: {library}\n{base}");
     // Errors of writing into a String do not happen.
     let mut line = |content: &str| {
         let _ = writeln!(text, "{content}");
     };
-    line(&format!("base_model: {}", plan.model.name));
-    if let Some(licence) = &plan.model.licence {
-        line(&format!("license: {}", licence.to_lowercase()));
-    }
     line("tags:");
     line(&format!("- {}", card.name));
     line("- retune");
@@ -166,7 +211,6 @@ fn card(prepared: &Prepared, library: &str, card: &Card) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::artefacts::report::{DataSummary, Measured};
 
     #[test]
     fn what_was_measured_stands_in_front_matter_and_table() {
@@ -193,7 +237,29 @@ mod tests {
         );
         assert_eq!(with_results(card, &RunReport::default()), card);
         assert_eq!(with_results("no front matter", &report), "no front matter");
-        let merged = merged_card("smollm2-135m-instruct", "a");
-        assert!(merged.contains("\nlicense: apache-2.0\n"), "{merged}");
+    }
+
+    #[test]
+    fn bases_have_their_name_on_the_hub_and_their_licence() {
+        let front = |base: &str| {
+            merged_card(base, &[], "title").lines().take(4).collect::<Vec<_>>().join(" ")
+        };
+        let smol = "base_model: HuggingFaceTB/SmolLM2-135M-Instruct license: apache-2.0";
+        assert!(
+            front("smollm2-135m-instruct").ends_with(smol),
+            "{}",
+            front("smollm2-135m-instruct")
+        );
+        assert!(
+            front("hf:HuggingFaceTB/SmolLM2-135M-Instruct@main")
+                .ends_with("SmolLM2-135M-Instruct license: apache-2.0")
+        );
+        assert!(front("hf:org/name@abc").ends_with("base_model: org/name tags:"));
+        let home = tempfile::tempdir().unwrap();
+        let folder = home.path().join("a: b");
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(folder.join("README.md"), "---\nlicense: mit\n---\n").unwrap();
+        let found = front(&folder.display().to_string());
+        assert!(found.contains("a: b\"") && found.ends_with("license: mit"), "{found}");
     }
 }

@@ -14,7 +14,7 @@ use retune_files::Dtype;
 use retune_methods::adapter::Adapter;
 
 use crate::adapters::both_replace;
-use crate::card::{Derived, derived_card};
+use crate::card::{Derived, Outputs, derived_card, with_origins};
 use crate::error::{Error, Result};
 use crate::export::{Beside, merged, write_weights};
 use crate::open::{Opened, check_base};
@@ -90,6 +90,8 @@ pub fn write_composed(
                   et al., 2023, arXiv 2212.04089).",
         facts: &facts,
     });
+    let paths: Vec<PathBuf> = adapters.iter().map(|(path, _)| path.clone()).collect();
+    let card = with_origins(&card, &paths, Outputs::Moved);
     let all: Vec<&Tuned<'_>> = tuned.iter().map(|(tuned, _)| tuned).collect();
     write_weights(&all, model.spec(), beside, Dtype::F32, &card, output, |weight| {
         let base = weights.values(&weight.name)?;

@@ -1,7 +1,7 @@
 //! ComPEFT from end to end: compress an adapter or a tuned model, and pick the scale by measuring.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use retune_core::model::Tuned;
 use retune_core::parameters::Parameters;
@@ -16,7 +16,9 @@ use retune_methods::compressed::{FILE, decode, is_drawn};
 use retune_methods::lora::initial_factor;
 use serde_json::Value;
 
-use crate::card::{Derived, derived_card};
+use crate::card::{
+    Derived, Outputs, check_card_free, derived_card, with_measured, with_origins, write_card,
+};
 use crate::error::{Error, Result};
 use crate::open::check_base;
 use crate::prepare::Prepared;
@@ -35,6 +37,10 @@ pub struct Compressed {
     settings: Settings,
     config: Option<String>,
     base: Option<String>,
+    /// The adapter or tuned model.
+    origin: PathBuf,
+    /// What was measured on which rows.
+    measured: Option<(Trial, String)>,
 }
 
 /// One scale that was tried.
@@ -131,7 +137,8 @@ impl Compressed {
         };
         let base = base.map(|base| base.name.clone()).or_else(|| config.as_ref().and_then(named));
         debug_assert_eq!(update.start() == Start::Base, config.is_none());
-        Ok(Self { sizes: file.sizes(), bytes, selection, settings, config, base })
+        let (origin, sizes) = (update.path().to_path_buf(), file.sizes());
+        Ok(Self { sizes, bytes, selection, settings, config, base, origin, measured: None })
     }
 
     /// Measures the scales of the paper's grid on a recipe's held-out rows, in their order.
@@ -174,14 +181,22 @@ impl Compressed {
         Ok(trials)
     }
 
-    /// Writes one file, where the path ends in `.compeft`, or a folder with the file, a card and,
-    /// for adapters, PEFT's configuration.
+    /// Notes for the card what was measured with this very scale, and on which rows.
+    pub fn note(&mut self, trial: Trial, data: &Path) {
+        self.measured = Some((trial, data.display().to_string()));
+    }
+
+    /// Writes one file with its card beside it, where the path ends in `.compeft`, or a folder with
+    /// the file, a card and, for adapters, PEFT's configuration.
     ///
     /// # Errors
-    /// If the disk is full or the place read-only; nothing half-written is left.
+    /// If the disk is full or the place read-only; nothing half-written is left. If the card of a
+    /// file would be written over another text.
     pub fn write(&self, title: &str, output: &Path) -> Result<()> {
         if output.extension().is_some_and(|end| end == "compeft") {
-            return Ok(write_file(output, &self.bytes)?);
+            check_card_free(output)?;
+            write_file(output, &self.bytes)?;
+            return write_card(output, &self.card(title));
         }
         let staging = AtomicFolder::create(output)?;
         let write = |name: &str, content: &[u8]| {
@@ -205,7 +220,7 @@ impl Compressed {
             ("size", format!("{} bytes", sizes.file_bytes)),
             ("of its half-precision size", percent(1.0 / sizes.ratio())),
         ];
-        derived_card(&Derived {
+        let card = derived_card(&Derived {
             library: "retune",
             base: self.base.as_deref(),
             tag: "compeft",
@@ -214,7 +229,16 @@ impl Compressed {
                       2311.13171): the signs of its largest entries and one scale. `retune` uses \
                       it as it is; `retune decompress` makes an ordinary adapter of it.",
             facts: &facts,
-        })
+        });
+        let card = match &self.measured {
+            None => card,
+            Some((trial, data)) => {
+                let mut found = vec![("loss", trial.loss)];
+                found.extend(trial.accuracy.map(|accuracy| ("accuracy", accuracy)));
+                with_measured(&card, title, data, &found)
+            }
+        };
+        with_origins(&card, std::slice::from_ref(&self.origin), Outputs::Moved)
     }
 }
 

@@ -81,10 +81,10 @@ pub fn write_folder(prepared: &Prepared, tuned: &Tuned<'_>, path: &Path) -> Resu
     write_merged(tuned, &beside, Dtype::F32, &card, path)
 }
 
-/// Writes a tuned model as a Hugging Face folder.
+/// Writes a tuned model as a Hugging Face folder, in place of what has its name.
 ///
 /// # Errors
-/// If a change cannot be merged, the folder exists, or the disk is full.
+/// If a change cannot be merged, or the disk is full.
 pub fn write_merged(
     tuned: &Tuned<'_>,
     beside: &Beside,

@@ -15,8 +15,8 @@ use retune_models::{Beginning, build, read_config};
 /// model needs of the folder; returns the number of values.
 ///
 /// # Errors
-/// If the configuration cannot be used, the tokenizer is missing for a model that reads text, the
-/// output exists, or the disk is full.
+/// If the configuration cannot be used, the tokenizer is missing for a model that reads text, or
+/// the disk is full.
 pub fn init(folder: &Path, seed: Seed, output: &Path) -> Result<usize> {
     let config = read_config(folder)?;
     let model = build(&config)?;

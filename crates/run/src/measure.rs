@@ -28,6 +28,8 @@ pub struct Question {
     pub shown: String,
     /// The right answer.
     pub reference: String,
+    /// The row's task, where the data says it.
+    pub task: Option<usize>,
 }
 
 /// What one measurement found.
@@ -101,6 +103,7 @@ impl Measure<'_> {
                 tokens: question.prompt,
                 shown: asked(&example),
                 reference: question.answer.trim().to_owned(),
+                task: dataset.task(*row)?.map(|task| task as usize),
             });
         }
         Ok(questions)
@@ -165,7 +168,9 @@ impl Measure<'_> {
         let prompts = questions
             .iter()
             .enumerate()
-            .map(|(number, q)| Prompt::new(q.tokens.clone(), self.seed, number as u64))
+            .map(|(number, q)| {
+                Prompt::new(q.tokens.clone(), self.seed, number as u64).of_task(q.task)
+            })
             .collect();
         let options = Generation {
             end_tokens: preparer.end_tokens(),
@@ -203,6 +208,7 @@ impl Measure<'_> {
                 choices.iter().map(|choice| Request {
                     context: q.tokens.clone(),
                     continuation: choice.clone(),
+                    task: q.task,
                 })
             })
             .collect();

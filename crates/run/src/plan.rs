@@ -99,6 +99,7 @@ impl Plan {
         tokens: PassTokens,
     ) -> Result<Self> {
         let spec = opened.checkpoint.model.spec();
+        check_tasks(recipe, splits)?;
         let method = recipe.method.plan(spec)?;
         let card = recipe.method.card();
         let (low, high) = card.usual_learning_rates;
@@ -116,6 +117,11 @@ impl Plan {
         };
         let mut warnings = warnings(recipe, splits, &statistics, learning_rate, (low, high));
         warnings.extend(method.notes.iter().cloned());
+        if recipe.data.task.is_none() && recipe.method.promises().num_tasks > Some(1) {
+            let note = "the method learns several tasks, but all rows are of one: name the field \
+                        that holds a row's task in `data.task`";
+            warnings.push(note.to_owned());
+        }
         warnings.extend(arithmetic_note(recipe.compute.arithmetic, Arithmetic::Bf16.is_native()));
         if forecast.recompute && !recipe.train.recompute {
             warnings.push(
@@ -196,6 +202,7 @@ impl Plan {
         ));
         take(&format!("{} {:?}", self.num_steps, recipe.compute.arithmetic));
         take(&format!("{:?} {}", recipe.compute.weights, self.forecast.recompute));
+        take(recipe.data.task.as_deref().unwrap_or_default());
         if let Some(images) = splits.train.dataset.images() {
             hasher.update(images.settings());
             for row in &splits.train.rows {
@@ -226,6 +233,31 @@ fn arithmetic_note(asked: ArithmeticName, native: bool) -> Option<String> {
          \"bf16\"` is computed in f32, which is more exact and no slower here"
             .to_owned()
     })
+}
+
+/// Refuses tasks of rows where nothing would tell them apart.
+fn check_tasks(recipe: &Recipe, splits: &Splits) -> Result<()> {
+    let Some(column) = &recipe.data.task else { return Ok(()) };
+    let refused = |expected: &str, help: &str| {
+        Err(retune_core::Error::Setting {
+            setting: "data.task".to_owned(),
+            what: format!("nothing would tell the tasks in `{column}` apart"),
+            expected: expected.to_owned(),
+            found: recipe.method_name.clone(),
+            help: help.to_owned(),
+        }
+        .into())
+    };
+    if recipe.method.promises().num_tasks.is_none() {
+        return refused(
+            "a method that learns several tasks",
+            "use poly or multitask-prompt-tuning, or leave `data.task` out",
+        );
+    }
+    if splits.train.dataset.texts().is_none() {
+        return refused("rows of texts: pictures have no fields", "leave `data.task` out");
+    }
+    Ok(())
 }
 
 /// Says what a person should know before step 1: the classic mistakes.

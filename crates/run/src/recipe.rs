@@ -47,6 +47,8 @@ options! {
         /// Fields of a row, where they have other names: prompt, completion, text, label, messages,
         /// image.
         columns: std::collections::BTreeMap<String, String>;
+        /// Field that holds a row's task, counted from 0, for methods that tell tasks apart.
+        task: Option<String> = None;
         /// Text of the prompt, with fields in braces: `Question: {question}`; of a picture's class,
         /// for a model with a tower of texts: `a photo of a {label}.`.
         prompt: Option<String> = None;

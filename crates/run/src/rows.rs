@@ -183,6 +183,7 @@ fn document(row: TokenRow) -> Document {
             Some(Label::Class(class)) => Some(class),
             _ => None,
         },
+        task: row.task.map(|task| task as usize),
         row: row.source_line,
     }
 }
@@ -299,6 +300,7 @@ impl Rows<'_> {
             shape: None,
             columns: o.columns.clone(),
             prompt_template: o.prompt.clone(),
+            task: o.task.clone(),
         };
         let sample = file.rows().take(100).collect::<retune_data::Result<Vec<_>>>()?;
         let shaper = Shaper::detect(file.path(), &sample, &shape)?;

@@ -27,7 +27,6 @@ use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
 use retune_core::spec::WeightSpec;
 use retune_core::weights::{Packing, Stored, WeightSource, Weights};
-use retune_data::tokenizer::Tokenizer;
 use retune_files::Dtype;
 use retune_files::ggml::BlockType;
 use retune_methods::adapter::Adapter;
@@ -36,11 +35,14 @@ pub use shift::Shift;
 use shift::{Answers, answers, shift};
 use sources::{Quantised, block_type};
 
-use crate::card::{Derived, derived_card};
+use crate::card::{
+    Derived, Outputs, check_card_free, derived_card, with_measured, with_origins, write_card,
+};
 use crate::error::{Error, Result};
 use crate::export::{Beside, check_mergeable, merged, write_gguf, write_weights};
 use crate::merged::Merged;
 use crate::open::{Opened, check_base};
+use crate::prepare::Prepared;
 
 /// One way to ship.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -140,16 +142,17 @@ impl<'a> Shipping<'a> {
         Ok(shifts)
     }
 
-    /// Writes one way: a Hugging Face folder where it is not quantised, else a GGUF file.
+    /// Writes one way: a Hugging Face folder where it is not quantised, else a GGUF file with its
+    /// card beside it. The card says what was measured: `shifts`, on `prepared`'s rows.
     ///
     /// # Errors
     /// For the attached adapter, which is nothing new to write; if the way is not there; if the
-    /// disk is full.
+    /// card of a file would be written over another text; if the disk is full.
     pub fn write(
         &self,
         way: Way,
-        tokenizer: Option<&Tokenizer>,
-        base: &str,
+        shifts: &[Shift],
+        prepared: &Prepared,
         output: &Path,
     ) -> Result<()> {
         let refuse = |what: &str, help: &str| {
@@ -177,6 +180,8 @@ impl<'a> Shipping<'a> {
             Way::DequantisedMergedQuantised => Way::DequantisedMerged,
             other => other,
         };
+        let card = self.card(way, shifts, prepared, output);
+        let tokenizer = prepared.tokenizer.as_ref();
         self.with(unrounded, |tuned| {
             if way.is_quantised() {
                 let name = output.file_stem().map(|name| name.to_string_lossy().into_owned());
@@ -188,26 +193,50 @@ impl<'a> Shipping<'a> {
                         "write a way that is not quantised",
                     );
                 };
-                return write_gguf(tuned, checkpoint, tokenizer, self.kind, &name, output);
+                check_card_free(output)?;
+                write_gguf(tuned, checkpoint, tokenizer, self.kind, &name, output)?;
+                return write_card(output, &card);
             }
-            let card = derived_card(&Derived {
-                library: "transformers",
-                base: Some(base),
-                tag: "merged",
-                title: &output.file_name().map_or_else(String::new, |n| n.to_string_lossy().into()),
-                summary: "A model with an adapter merged in.",
-                facts: &[
-                    ("adapter", format!("`{}`", self.path.display())),
-                    ("way", way.name().to_owned()),
-                    ("base quantised as", self.kind.to_string()),
-                ],
-            });
             let spec = tuned.model.spec();
             let beside = Beside::of(&self.base.checkpoint.path, tokenizer)?;
             write_weights(&[tuned], spec, &beside, Dtype::F32, &card, output, |weight| {
                 merged(tuned, weight)
             })
         })
+    }
+
+    fn card(&self, way: Way, shifts: &[Shift], prepared: &Prepared, output: &Path) -> String {
+        let recipe = &prepared.recipe;
+        let mut facts = vec![
+            ("base", format!("`{}`", recipe.model)),
+            ("adapter", format!("`{}`", self.path.display())),
+            ("way", way.name().to_owned()),
+            ("base quantised as", self.kind.to_string()),
+        ];
+        let title = output.file_name().map_or_else(String::new, |n| n.to_string_lossy().into());
+        let shift = shifts.iter().find(|shift| shift.way == way);
+        if let Some(shift) = shift {
+            let nats = |value: f64| format!("{value:.3e} nats a position");
+            facts.extend([
+                ("divergence from the attached adapter", nats(shift.divergence)),
+                ("the largest", nats(shift.largest)),
+                ("same likeliest answer", format!("{:.2} %", 100.0 * shift.agreement)),
+            ]);
+        }
+        let card = derived_card(&Derived {
+            library: if way.is_quantised() { "gguf" } else { "transformers" },
+            base: Some(&recipe.model),
+            tag: "merged",
+            title: &title,
+            summary: "A model with an adapter merged in.",
+            facts: &facts,
+        });
+        let data = recipe.data.train.display().to_string();
+        let card = match shift {
+            Some(shift) => with_measured(&card, &title, &data, &[("loss", shift.loss)]),
+            None => card,
+        };
+        with_origins(&card, &[self.path.to_path_buf()], Outputs::Moved)
     }
 
     /// Opens the weights of a way and lends them with their changes.

@@ -193,8 +193,8 @@ fn cut(weight: &WeightSpec, values: Vec<f32>, kept: &Kept, head_width: usize) ->
 /// folder of the same architecture.
 ///
 /// # Errors
-/// If the architecture's configuration has no head width of its own, a change cannot be merged, the
-/// folder exists, or the disk is full.
+/// If the architecture's configuration has no head width of its own, a change cannot be merged, or
+/// the disk is full.
 pub fn write_structured(
     tuned: &Tuned<'_>,
     beside: &Beside,

@@ -103,6 +103,7 @@ fn batch(file: &SafetensorsFile, step: Option<usize>, head: &Head) -> Batch {
                 },
                 token_types: types.as_ref().map(|t| of(t).iter().map(|x| *x as u32).collect()),
                 class: (!language).then(|| labels[row] as u32),
+                task: None,
                 row,
             }
         })

@@ -137,6 +137,7 @@ impl Rows {
                     (Some(labels), None) => u32::try_from(labels[row]).ok(),
                     _ => None,
                 },
+                task: None,
                 row,
             }
         };

@@ -319,37 +319,35 @@ impl<'a> Training<'a> {
         self.walk.schedule.rate(step)
     }
 
+    /// Moves all parameters by their gradients, many at a time: most are small.
     fn apply(&mut self, result: &mut StepResult, factor: f64, rate: f64) {
-        let ids: Vec<_> = self.parameters.iter().map(|(id, _)| id).collect();
-        for (id, slot) in ids.into_iter().zip(&mut result.gradients) {
-            let parameter = self.parameters.get(id);
+        let optimizer = self.optimizer.as_ref();
+        let mut changes = Vec::new();
+        let parameters = self.parameters.iter().zip(&mut result.gradients);
+        for (((id, parameter), slot), state) in parameters.zip(&mut self.optimizer_state) {
             if parameter.moved_by_method {
                 continue;
             }
             let Some(gradient) = slot.take() else { continue };
-            let ParameterState { lists, ages, since } = &mut self.optimizer_state[id.index()];
+            let ParameterState { lists, ages, since } = state;
             let step = Step {
                 learning_rate: rate * parameter.rate_factor,
                 decays: parameter.decays,
                 number: self.state.step + 1 - *since,
                 gradient_scale: factor,
             };
-            let optimizer = self.optimizer.as_ref();
-            match ages {
-                None => {
-                    self.parameters
-                        .update(id, |values| optimizer.step(step, values, &gradient, lists));
-                }
+            let change = move |values: &mut [f32]| match ages {
+                None => optimizer.step(step, values, &gradient, lists),
                 Some(ages) => {
                     for age in ages.iter_mut() {
                         *age += 1.0;
                     }
-                    self.parameters.update(id, |values| {
-                        optimizer.step_aged(step, ages, values, &gradient, lists);
-                    });
+                    optimizer.step_aged(step, ages, values, &gradient, lists);
                 }
-            }
+            };
+            changes.push((id, change));
         }
+        retune_core::kernels::in_pool(|| self.parameters.update_each(changes));
     }
 
     fn not_finite(&self, what: &'static str, value: f64, batches: &[Batch]) -> Error {

@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 use retune_merge::combine::{Form, MajoritySign, Merge, NAMES, Settings, combine as merge};
 use retune_merge::pairs::LoraAdapter;
 use retune_methods::adapter::Adapter;
-use retune_run::card::{Derived, derived_card};
+use retune_run::card::{Derived, Outputs, derived_card, with_origins};
 use retune_run::compose::write_composed;
 use retune_run::export::Beside;
 use retune_run::open::{Located, Opened};
@@ -174,6 +174,7 @@ fn adapter(arguments: &CombineArguments, weights: &[f64]) -> Result<Option<f64>,
         tensors: combined.tensors,
         ..Adapter::default()
     };
+    let card = with_origins(&card, &arguments.adapters, Outputs::Moved);
     adapter.write(&arguments.output, &card)?;
     Ok(combined.kept)
 }

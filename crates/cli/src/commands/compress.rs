@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 use retune_merge::compeft::Settings;
 use retune_merge::update::Update;
 use retune_methods::adapter::Adapter;
-use retune_run::card::{Derived, derived_card};
+use retune_run::card::{Derived, Outputs, derived_card, with_origins};
 use retune_run::compress::{Base, Compressed, Trial, best, start_seeded};
 use retune_run::open::{Located, fingerprint};
 use retune_run::prepare::Prepared;
@@ -67,11 +67,36 @@ pub(crate) struct DecompressArguments {
     force: bool,
 }
 
-/// Refuses to overwrite, unless forced.
+/// Refuses to overwrite, where nothing can be forced.
+pub(crate) fn check_new(output: &Path) -> Result<(), Failure> {
+    if output.exists() {
+        return Err(Failure::Failed(format!(
+            "{}: exists already\n  help: choose another name, or remove it",
+            output.display()
+        )));
+    }
+    Ok(())
+}
+
+/// Refuses to overwrite, unless forced, and then what is no model or adapter: a folder of other
+/// things would be lost with all that is in it.
 pub(crate) fn check_free(output: &Path, force: bool) -> Result<(), Failure> {
-    if output.exists() && !force {
+    if !output.exists() {
+        return Ok(());
+    }
+    if !force {
         return Err(Failure::Failed(format!(
             "{}: exists already\n  help: choose another name, or --force to overwrite",
+            output.display()
+        )));
+    }
+    let ours = ["config.json", "adapter_config.json", "adapter_model.compeft", "crash.json"];
+    let is_ours = || ours.iter().any(|name| output.join(name).is_file());
+    let is_empty = || output.read_dir().is_ok_and(|mut entries| entries.next().is_none());
+    if output.is_dir() && !is_ours() && !is_empty() {
+        return Err(Failure::Failed(format!(
+            "{}: --force would remove this folder\n  expected: a model or an adapter\n  found: other \
+             files\n  help: choose another name, or remove it yourself",
             output.display()
         )));
     }
@@ -123,6 +148,7 @@ pub(crate) fn compress(arguments: &CompressArguments, json: bool) -> Result<(), 
         if let Some(best) = best(&trials) {
             settings.alpha = best.alpha;
             compressed = make(settings)?;
+            compressed.note(best, &prepared.recipe.data.train);
         }
     }
     let title =
@@ -213,7 +239,8 @@ pub(crate) fn decompress(arguments: &DecompressArguments, json: bool) -> Result<
                   2311.13171) and written out again.",
         facts: &[],
     });
-    adapter.write(&arguments.output, &card)?;
+    let origin = std::slice::from_ref(&arguments.adapter);
+    adapter.write(&arguments.output, &with_origins(&card, origin, Outputs::Same))?;
     if json {
         println!("{}", json!({"output": arguments.output}));
     } else {

@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand, ValueEnum};
 use retune_evaluate::similarity::Pooling;
 use retune_files::Dtype;
+use retune_run::artefacts::heatmap;
 use retune_run::artefacts::plot::svg;
 use retune_run::crash::blocks::{Blocks, Share};
 use retune_run::crash::emulator::{Choice, Probe, similarity, write};
-use retune_run::crash::interpolate::{Line, line};
+use retune_run::crash::interpolate::{Line, Plane, line, plane};
 use retune_run::crash::layers::{Moved, collect, plug_in};
 use retune_run::export::Beside;
 use retune_run::graft::job::open_tuned;
@@ -16,7 +17,7 @@ use retune_run::open::Located;
 use retune_run::prepare::Prepared;
 use serde_json::json;
 
-use super::compress::check_free;
+use super::compress::check_new;
 use super::run::read_recipe;
 use super::session::{Session, with_environment};
 use crate::args::RecipeArguments;
@@ -57,7 +58,8 @@ pub(crate) enum CrashCommand {
         #[arg(long)]
         force: bool,
     },
-    /// Measures models on the straight line between two, to see whether a barrier of loss lies there.
+    /// Measures models on the straight line between two, or on the plane through three, to see whether
+    /// a barrier of loss lies there.
     Interpolate {
         /// The recipe, for the rows that are measured on.
         #[command(flatten)]
@@ -68,10 +70,13 @@ pub(crate) enum CrashCommand {
         /// The second model's folder.
         #[arg(long)]
         to: String,
-        /// Models measured, both ends included.
+        /// A third model's folder: the plane through all three is measured.
+        #[arg(long)]
+        third: Option<String>,
+        /// Models measured, both ends included; on a plane as many each way.
         #[arg(long, default_value_t = 25)]
         points: usize,
-        /// Writes the curve.
+        /// Writes the curve or the map.
         #[arg(long, value_name = "FILE")]
         svg: Option<PathBuf>,
     },
@@ -136,16 +141,18 @@ pub(crate) fn run(command: &CrashCommand, json: bool) -> Result<(), Failure> {
     match command {
         CrashCommand::Emulate(arguments) => emulate(arguments, json),
         CrashCommand::Collect { emulator, adapter, output } => {
-            check_free(output, false)?;
+            check_new(output)?;
             let name = emulator.display().to_string();
             let adapters: Vec<PathBuf> = adapter.iter().cloned().collect();
             let session = Session::open(&name, &adapters, false, json)?;
-            let moved = collect(emulator, &session.tuned(), output)?;
+            let origins =
+                if adapters.is_empty() { std::slice::from_ref(emulator) } else { &adapters[..] };
+            let moved = collect(emulator, &session.tuned(), origins, output)?;
             show(&moved, "collected", output, json);
             Ok(())
         }
         CrashCommand::PlugIn { model, layers, output, dtype, force } => {
-            check_free(output, false)?;
+            check_new(output)?;
             let session = Session::open(model, &[], false, json)?;
             // A folder without a tokenizer can still be tuned.
             let tokenizer = session.tokenizer().ok();
@@ -160,8 +167,9 @@ pub(crate) fn run(command: &CrashCommand, json: bool) -> Result<(), Failure> {
             show(&moved, "plugged in", output, json);
             Ok(())
         }
-        CrashCommand::Interpolate { recipe, from, to, points, svg } => {
-            interpolate(recipe, [from, to], *points, svg.as_deref(), json)
+        CrashCommand::Interpolate { recipe, from, to, third, points, svg } => {
+            let names: Vec<&String> = [from, to].into_iter().chain(third).collect();
+            interpolate(recipe, &names, *points, svg.as_deref(), json)
         }
     }
 }
@@ -181,7 +189,7 @@ fn show(moved: &Moved, what: &str, output: &Path, json: bool) {
 }
 
 fn emulate(arguments: &EmulateArguments, json: bool) -> Result<(), Failure> {
-    check_free(&arguments.output, false)?;
+    check_new(&arguments.output)?;
     let (recipe, _) = read_recipe(&arguments.recipe, json)?;
     let prepared = with_environment(json, |environment| Ok(Prepared::make(recipe, environment)?))?;
     let share = match arguments.share {
@@ -231,7 +239,7 @@ fn emulate(arguments: &EmulateArguments, json: bool) -> Result<(), Failure> {
 
 fn interpolate(
     recipe: &RecipeArguments,
-    names: [&String; 2],
+    names: &[&String],
     num_points: usize,
     drawing: Option<&Path>,
     json: bool,
@@ -239,20 +247,48 @@ fn interpolate(
     let (recipe, _) = read_recipe(recipe, json)?;
     let (prepared, paths) = with_environment(json, |environment| {
         let prepared = Prepared::make(recipe, environment)?;
-        let mut find = |name: &String| Ok::<_, Failure>(Located::find(name, environment)?.path);
-        Ok((prepared, [find(names[0])?, find(names[1])?]))
+        let find = |name: &&String| Ok::<_, Failure>(Located::find(name, environment)?.path);
+        let paths: Vec<PathBuf> = names.iter().map(find).collect::<Result<_, _>>()?;
+        Ok((prepared, paths))
     })?;
-    let [first, second] =
-        [open_tuned(&prepared, &paths[0], true)?, open_tuned(&prepared, &paths[1], true)?];
+    let open = |path: &PathBuf| open_tuned(&prepared, path, true);
+    let models = paths.iter().map(open).collect::<Result<Vec<_>, _>>()?;
     let (rows, _) = prepared.measured();
     let batches = rows.batches(prepared.recipe.evaluate.rows, 2048)?;
     let model = prepared.opened.checkpoint.model.as_ref();
-    let found = line(model, [&first, &second], &batches, num_points, &paths[1])?;
+    let save = |path: &Path, drawn: &str| retune_files::atomic::write_file(path, drawn.as_bytes());
+    if let ([first, second, third], [a, b, c]) = (&models[..], &paths[..]) {
+        let found = plane(model, [first, second, third], &batches, num_points, [a, b, c])?;
+        if let Some(path) = drawing {
+            save(path, &heatmap::svg(&found.plot()))?;
+        }
+        show_plane(&found, json);
+        return Ok(());
+    }
+    let found = line(model, [&models[0], &models[1]], &batches, num_points, &paths[1])?;
     if let Some(path) = drawing {
-        retune_files::atomic::write_file(path, svg(&found.plot()).as_bytes())?;
+        save(path, &svg(&found.plot()))?;
     }
     show_line(&found, json);
     Ok(())
+}
+
+/// Shows the losses, a row per share of the third model.
+fn show_plane(found: &Plane, json: bool) {
+    if json {
+        println!("{}", json!({"rows": found.rows}));
+        return;
+    }
+    let shares = found.rows.first().into_iter().flatten();
+    let mut head = vec!["third \\ second".to_owned()];
+    head.extend(shares.map(|point| format!("{:.2}", point.shares[0])));
+    let mut shown = table(&head.iter().map(String::as_str).collect::<Vec<_>>());
+    for row in &found.rows {
+        let third = row.first().map_or_else(String::new, |p| format!("{:.2}", p.shares[1]));
+        let losses = row.iter().map(|point| number(point.loss));
+        shown.add_row([third].into_iter().chain(losses).collect::<Vec<_>>());
+    }
+    println!("{shown}");
 }
 
 fn show_line(found: &Line, json: bool) {

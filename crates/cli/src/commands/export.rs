@@ -4,11 +4,14 @@ use std::path::{Path, PathBuf};
 
 use retune_files::Dtype;
 use retune_files::ggml::BlockType;
-use retune_run::card::{Derived, derived_card, merged_card};
+use retune_run::card::{
+    Derived, Outputs, check_card_free, derived_card, listed, merged_card, with_origins, write_card,
+};
 use retune_run::export::{Beside, write_gguf, write_gguf_adapter, write_merged};
 use retune_run::structured::{Cut, write_structured};
 use serde_json::json;
 
+use super::compress::check_free;
 use super::session::Session;
 use crate::failure::Failure;
 use crate::table::grouped;
@@ -22,6 +25,7 @@ pub(crate) fn merge_adapter(
     force: bool,
     json: bool,
 ) -> Result<(), Failure> {
+    check_free(output, force)?;
     let session = Session::open(model, adapters, force, json)?;
     // A folder without a tokenizer can still be merged.
     let tokenizer = session.tokenizer().ok();
@@ -30,7 +34,7 @@ pub(crate) fn merge_adapter(
         "f16" => Dtype::F16,
         _ => Dtype::F32,
     };
-    let card = merged_card(model, &names(adapters));
+    let card = merged_card(model, adapters, &title(output));
     let beside = Beside::of(&session.opened.checkpoint.path, tokenizer.as_ref())?;
     write_merged(&session.tuned(), &beside, dtype, &card, output)?;
     done(output, json);
@@ -46,6 +50,10 @@ pub(crate) fn export(
     force: bool,
     json: bool,
 ) -> Result<(), Failure> {
+    check_free(output, force)?;
+    if format.starts_with("gguf") {
+        check_card_free(output)?;
+    }
     let session = Session::open(model, adapters, force, json)?;
     let name = output.file_stem().map_or_else(|| model.to_owned(), |s| s.to_string_lossy().into());
     let checkpoint = &session.opened.checkpoint;
@@ -58,11 +66,12 @@ pub(crate) fn export(
                 )));
             };
             write_gguf_adapter(adapter, checkpoint.model.spec(), &name, output)?;
+            write_card(output, &gguf_card(model, adapters, "F32", output))?;
         }
         "hf" => {
             // A folder without a tokenizer can still be merged.
             let tokenizer = session.tokenizer().ok();
-            let card = merged_card(model, &names(adapters));
+            let card = merged_card(model, adapters, &title(output));
             let beside = Beside::of(&session.opened.checkpoint.path, tokenizer.as_ref())?;
             write_merged(&session.tuned(), &beside, Dtype::F32, &card, output)?;
         }
@@ -88,6 +97,7 @@ pub(crate) fn export(
             };
             let tokenizer = session.tokenizer()?;
             write_gguf(&session.tuned(), checkpoint, &tokenizer, kind, &name, output)?;
+            write_card(output, &gguf_card(model, adapters, kind.name(), output))?;
         }
     }
     done(output, json);
@@ -120,23 +130,38 @@ fn facts(cut: &Cut) -> Vec<(&'static str, String)> {
 
 fn pruned_card(model: &str, adapters: &[PathBuf], output: &Path, cut: &Cut) -> String {
     let mut rows = facts(cut);
-    rows.insert(0, ("adapters", format!("`{}`", names(adapters))));
-    derived_card(&Derived {
+    rows.insert(0, ("adapters", listed(adapters)));
+    let card = derived_card(&Derived {
         library: "transformers",
         base: Some(model),
         tag: "pruned",
-        title: &output.file_name().map_or_else(String::new, |n| n.to_string_lossy().into()),
+        title: &title(output),
         summary: "A model without the heads and inner neurons that put out nothing.",
         facts: &rows,
-    })
+    });
+    with_origins(&card, adapters, Outputs::Same)
 }
 
-fn names(adapters: &[PathBuf]) -> String {
-    if adapters.is_empty() {
-        return "none".to_owned();
-    }
-    let names: Vec<String> = adapters.iter().map(|path| path.display().to_string()).collect();
-    names.join("`, then `")
+fn gguf_card(model: &str, adapters: &[PathBuf], numbers: &str, output: &Path) -> String {
+    let card = derived_card(&Derived {
+        library: "gguf",
+        base: Some(model),
+        tag: "gguf",
+        title: &title(output),
+        summary: "One file for llama.cpp and its relatives.",
+        facts: &[
+            ("base", format!("`{model}`")),
+            ("adapters", listed(adapters)),
+            ("matrices", numbers.to_owned()),
+        ],
+    });
+    // F16 and F32 are within the rounding of what was measured; blocks of 8 bits are not.
+    let outputs = if numbers.starts_with('F') { Outputs::Same } else { Outputs::Moved };
+    with_origins(&card, adapters, outputs)
+}
+
+fn title(output: &Path) -> String {
+    output.file_name().map_or_else(String::new, |name| name.to_string_lossy().into())
 }
 
 fn done(output: &Path, json: bool) {

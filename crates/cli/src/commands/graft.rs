@@ -8,7 +8,7 @@ use retune_core::random::Seed;
 use retune_data::template::Date;
 use retune_methods::adapter::Adapter;
 use retune_run::artefacts::heatmap::{HeatMap, svg};
-use retune_run::card::{Derived, derived_card};
+use retune_run::card::{Derived, Outputs, derived_card, with_origins};
 use retune_run::graft::Keep;
 use retune_run::graft::job::{Arm, Grafted, Options, Report, graft, open_tuned, write};
 use retune_run::graft::pair::Pair;
@@ -318,7 +318,7 @@ fn put_together(
                   2302.06600).",
         facts: &shown,
     });
-    whole.write(output, &card)?;
+    whole.write(output, &with_origins(&card, folders, Outputs::Moved))?;
     if json {
         println!("{}", json!({"output": output, "entries": entries, "in_several": twice}));
     } else {

@@ -5,11 +5,13 @@ use std::path::Path;
 use retune_core::random::Seed;
 use serde_json::json;
 
+use super::compress::check_new;
 use crate::failure::Failure;
 use crate::table::grouped;
 
 /// Draws the weights of a new model and writes it as a Hugging Face folder.
 pub(crate) fn init(folder: &Path, seed: u64, output: &Path, json: bool) -> Result<(), Failure> {
+    check_new(output)?;
     let count = retune_run::init::init(folder, Seed(seed), output)?;
     if json {
         println!("{}", json!({"output": output, "num_parameters": count}));

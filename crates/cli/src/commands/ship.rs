@@ -87,7 +87,7 @@ pub(crate) fn ship(arguments: &ShipArguments, json: bool) -> Result<(), Failure>
             WayName::DequantisedMerged => Way::DequantisedMerged,
             WayName::DequantisedMergedQuantised => Way::DequantisedMergedQuantised,
         };
-        shipping.write(way, prepared.tokenizer.as_ref(), &prepared.recipe.model, output)?;
+        shipping.write(way, &shifts, &prepared, output)?;
     }
     if json {
         let value = json!({"quantised": kind.name(), "held_out": held_out, "ways": shifts,

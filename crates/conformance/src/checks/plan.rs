@@ -49,6 +49,10 @@ fn run(case: &Case<'_>) -> Result<(), Failed> {
     if planned.num_trainable() == 0 {
         return Err(Failed("nothing trains".to_owned()));
     }
+    let (promised, found) = (case.method.promises().num_tasks, attached.changes.num_tasks());
+    if promised != found {
+        return Err(Failed(format!("{promised:?} tasks are promised, {found:?} are told apart")));
+    }
     for name in attached.changes.changed_weights() {
         // A layer may be given the bias it has not.
         let beside = name.strip_suffix(".bias").map(|module| format!("{module}.weight"));

@@ -10,6 +10,15 @@ use crate::read::ReadOptions;
 use crate::template::{CHATML, ChatTemplate, TemplateSettings};
 
 fn prepare(content: &str, max_tokens: usize, keep: Keep) -> Result<Dataset, String> {
+    prepare_shaped(content, &ShapeOptions::default(), max_tokens, keep)
+}
+
+fn prepare_shaped(
+    content: &str,
+    shape: &ShapeOptions,
+    max_tokens: usize,
+    keep: Keep,
+) -> Result<Dataset, String> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("d.jsonl");
     fs::write(&path, content).unwrap();
@@ -18,7 +27,7 @@ fn prepare(content: &str, max_tokens: usize, keep: Keep) -> Result<Dataset, Stri
     let options = PrepareOptions { max_tokens, ..PrepareOptions::default() };
     let preparer = Preparer::new(tokenizer, Some(template), options).unwrap();
     RowFile::open(&path, &ReadOptions::default())
-        .and_then(|file| Dataset::prepare(file, &ShapeOptions::default(), preparer, None, keep))
+        .and_then(|file| Dataset::prepare(file, shape, preparer, None, keep))
         .map_err(|e| e.to_string().replace(&format!("{}/", folder.path().display()), ""))
 }
 
@@ -39,6 +48,29 @@ fn rows_in_memory_and_on_disk_are_the_same() {
     }
     assert_eq!(memory.row(2).unwrap().source_line, 4);
     assert_eq!(memory.example(2).unwrap().1, 4);
+}
+
+#[test]
+fn a_row_has_the_task_its_field_says() {
+    let shape = ShapeOptions { task: Some("of".to_owned()), ..ShapeOptions::default() };
+    let rows = "{\"text\": \"a\", \"of\": 1}\n{\"text\": \"a\", \"of\": \"0\"}\n";
+    for keep in [Keep::InMemory, Keep::OnDisk] {
+        let data = prepare_shaped(rows, &shape, 64, keep).unwrap();
+        assert_eq!([0, 1].map(|row| data.row(row).unwrap().task), [Some(1), Some(0)]);
+        assert_eq!([0, 1].map(|row| data.task(row).unwrap()), [Some(1), Some(0)]);
+        // The same words teach another thing in another task.
+        assert_ne!(data.contents[0], data.contents[1]);
+    }
+    for (broken, problem) in [
+        ("{\"text\": \"b\"}\n", "the field `of` is missing, which holds the row's task"),
+        ("{\"text\": \"b\", \"of\": -1}\n", "the task in the field `of` is -1"),
+        ("{\"text\": \"b\", \"of\": \"x\"}\n", "the task in the field `of` is \"x\""),
+    ] {
+        let rows = format!("{rows}{broken}");
+        let error = prepare_shaped(&rows, &shape, 64, Keep::InMemory).unwrap_err();
+        assert!(error.starts_with(&format!("d.jsonl, line 3: {problem}")), "{error}");
+        assert!(error.contains("counted from 0"), "{error}");
+    }
 }
 
 // users-want 2.1.1

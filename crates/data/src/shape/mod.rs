@@ -100,6 +100,8 @@ pub struct ShapeOptions {
     pub columns: BTreeMap<String, String>,
     /// Text of the prompt with `{field}` in place of the row's fields.
     pub prompt_template: Option<String>,
+    /// The field that holds a row's task, counted from 0.
+    pub task: Option<String>,
 }
 
 /// What one row teaches.
@@ -172,6 +174,7 @@ pub struct Shaper {
     /// From a field's standard name to the file's.
     fields: BTreeMap<&'static str, String>,
     prompt: Option<Pattern>,
+    task: Option<String>,
     statement: String,
 }
 
@@ -187,11 +190,12 @@ impl Shaper {
         };
         let prompt = options.prompt_template.as_deref().map(Pattern::parse).transpose()?;
         let said = options.shape.is_some() || !options.columns.is_empty() || prompt.is_some();
-        let shaper = if said {
+        let mut shaper = if said {
             Self::from_options(options, prompt)?
         } else {
             Self::from_names(path, first)?
         };
+        shaper.task.clone_from(&options.task);
         for row in sample {
             shaper.check_fields(row).map_err(|e| {
                 if row.line == first.line {
@@ -241,7 +245,7 @@ impl Shaper {
             .chain(shape.may_have())
             .map(|&name| (name, options.columns.get(name).map_or(name, String::as_str).to_owned()))
             .collect();
-        Ok(Self { shape, fields, prompt, statement: String::new() })
+        Ok(Self { shape, fields, prompt, task: None, statement: String::new() })
     }
 
     fn from_names(path: &Path, first: &Row) -> Result<Self> {
@@ -270,7 +274,7 @@ impl Shaper {
         let mut fields: BTreeMap<&'static str, String> =
             shape.may_have().iter().map(|&name| (name, name.to_owned())).collect();
         fields.extend(shape.needs().iter().zip(*names).map(|(&to, from)| (to, (*from).to_owned())));
-        Ok(Self { shape, fields, prompt: None, statement: String::new() })
+        Ok(Self { shape, fields, prompt: None, task: None, statement: String::new() })
     }
 
     fn stated(mut self, said: bool) -> Self {
@@ -328,6 +332,26 @@ impl Shaper {
                 "give every row the same fields, or name others in `columns`",
             )),
         }
+    }
+
+    /// Returns the row's task, where the data has any.
+    ///
+    /// # Errors
+    /// [`Error::Example`] when the field is missing or holds no whole number.
+    pub fn task(&self, row: &Row) -> Result<Option<u32>> {
+        let Some(column) = &self.task else { return Ok(None) };
+        let found = row.fields.get(column);
+        let number = match found {
+            Some(Value::String(text)) => text.trim().parse().ok(),
+            Some(value) => value.as_u64().and_then(|number| u32::try_from(number).ok()),
+            None => None,
+        };
+        let problem = || match found {
+            Some(value) => format!("the task in the field `{column}` is {value}"),
+            None => format!("the field `{column}` is missing, which holds the row's task"),
+        };
+        let hint = "give every row its task as a whole number, counted from 0";
+        number.map(Some).ok_or_else(|| Error::example(problem(), hint))
     }
 
     fn optional<'r>(&self, row: &'r Row, name: &str) -> Option<&'r Value> {

@@ -178,7 +178,7 @@ fn columns_and_a_prompt_template_name_other_fields() {
     let options = ShapeOptions {
         columns: columns(&[("completion", "antwort")]),
         prompt_template: Some("{fach}: {frage} {{x}}\n".into()),
-        shape: None,
+        ..ShapeOptions::default()
     };
     let templated = shaper(std::slice::from_ref(&fields), &options).unwrap();
     assert_eq!(
@@ -206,7 +206,7 @@ fn mixtures_and_unknown_shapes_are_named() {
     let options = |columns: &[(&str, &str)], template: Option<&str>| ShapeOptions {
         columns: columns.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect(),
         prompt_template: template.map(ToOwned::to_owned),
-        shape: None,
+        ..ShapeOptions::default()
     };
     let text = json!({"text": "a"});
     let messages = [

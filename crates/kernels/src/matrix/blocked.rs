@@ -18,7 +18,7 @@ use super::tile::{
 use crate::work;
 
 /// Products below which a second thread costs more than it brings.
-const ALONE: usize = 1 << 16;
+const ALONE: usize = 1 << 20;
 
 /// Computes `out = start + Σ left · rightᵀ` with this machine's best kernel.
 ///

@@ -37,17 +37,19 @@ fn reread(combined: &Combined) -> LoraAdapter {
     LoraAdapter::open(home.path()).unwrap()
 }
 
-/// Every combination of `add_weighted_adapter`, against PEFT itself.
+/// Every combination of `add_weighted_adapter`, against PEFT itself. Where DARE drops entries, PEFT
+/// was given the same draws.
 #[test]
 fn changes_are_those_of_peft() {
     let text = std::fs::read_to_string(golden().join("cases.json")).unwrap();
     let cases: Vec<Value> = serde_json::from_str(&text).unwrap();
     let expected = Safetensors::open(golden().join("expected.safetensors")).unwrap();
     let mut kinds = BTreeSet::new();
-    let mut num_compared = 0;
+    let (mut num_compared, mut num_thinned) = (0, 0);
     for (number, case) in cases.iter().enumerate() {
         let kind = case["kind"].as_str().unwrap();
         kinds.insert(kind.to_owned());
+        num_thinned += usize::from(kind.contains("dare") && case["density"].as_f64() < Some(1.0));
         let weights = case["weights"].as_array().unwrap();
         let adapters: Vec<(LoraAdapter, f64)> = case["adapters"]
             .as_array()
@@ -64,6 +66,7 @@ fn changes_are_those_of_peft() {
             rank: case["rank"].as_u64().map(|rank| rank as usize),
             density: case["density"].as_f64(),
             majority_sign,
+            seed: case["seed"].as_u64().unwrap(),
             ..settings(kind)
         };
         let found = reread(&combine(&adapters, &settings).unwrap());
@@ -80,6 +83,7 @@ fn changes_are_those_of_peft() {
     }
     assert_eq!(kinds.len(), NAMES.len());
     assert_eq!(num_compared, 3 * cases.len());
+    assert_eq!(num_thinned, 4, "every form of DARE that drops something");
 }
 
 #[test]

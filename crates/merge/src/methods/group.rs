@@ -109,17 +109,42 @@ impl Group<'_> {
         unit: usize,
         visit: &mut dyn FnMut(&mut Chunk) -> Result<()>,
     ) -> Result<()> {
+        self.sweep_unchecked(unit, &mut |chunk| {
+            if let Some(base) = self.base {
+                self.check(base, chunk.start, &chunk.base)?;
+            }
+            for (input, values) in self.inputs.iter().zip(&chunk.inputs) {
+                self.check(*input, chunk.start, values)?;
+            }
+            visit(chunk)
+        })
+    }
+
+    /// As [`Self::sweep`], for methods whose result is not finite where an input is not: they look
+    /// at that alone, and [`Self::sweep`] again for whose fault it is.
+    ///
+    /// # Errors
+    /// If an input cannot be read, or `visit` fails.
+    pub(crate) fn sweep_unchecked(
+        &self,
+        unit: usize,
+        visit: &mut dyn FnMut(&mut Chunk) -> Result<()>,
+    ) -> Result<()> {
         let step = (CHUNK / unit).max(1) * unit;
         let num_values = self.len();
         let mut chunk =
             Chunk { start: 0, base: Vec::new(), inputs: vec![Vec::new(); self.inputs.len()] };
+        let fill = |values: &dyn Values, start, n, out: &mut Vec<f32>| {
+            out.resize(n, 0.0);
+            values.read(start, out)
+        };
         while chunk.start < num_values {
             let n = step.min(num_values - chunk.start);
             if let Some(base) = self.base {
-                self.fill(base, chunk.start, n, &mut chunk.base)?;
+                fill(base, chunk.start, n, &mut chunk.base)?;
             }
             for (input, out) in self.inputs.iter().zip(&mut chunk.inputs) {
-                self.fill(*input, chunk.start, n, out)?;
+                fill(*input, chunk.start, n, out)?;
             }
             visit(&mut chunk)?;
             chunk.start += n;
@@ -146,19 +171,16 @@ impl Group<'_> {
         })
     }
 
-    fn fill(&self, values: &dyn Values, start: usize, n: usize, out: &mut Vec<f32>) -> Result<()> {
-        out.resize(n, 0.0);
-        values.read(start, out)?;
-        // The largest bit pattern without its sign tells all at once whether one is not finite.
-        let largest = out.iter().fold(0, |most, x| most.max(x.to_bits() & 0x7fff_ffff));
-        if largest < 0x7f80_0000 {
+    /// Refuses NaN and infinities among the values of a model from `start` on.
+    fn check(&self, values: &dyn Values, start: usize, found: &[f32]) -> Result<()> {
+        if all_finite(found) {
             return Ok(());
         }
-        let at = out.iter().position(|x| !x.is_finite()).unwrap_or(0);
+        let at = found.iter().position(|x| !x.is_finite()).unwrap_or(0);
         Err(Error::Values {
             tensor: self.name.to_owned(),
             model: values.model(),
-            what: format!("value {} is {}", start + at, out[at]),
+            what: format!("value {} is {}", start + at, found[at]),
             help: "this model diverged or is damaged: leave it out".to_owned(),
         })
     }
@@ -172,4 +194,10 @@ impl Group<'_> {
             help: help.to_owned(),
         }
     }
+}
+
+/// Tells whether no value is NaN or infinite, without a branch per value.
+pub(crate) fn all_finite(values: &[f32]) -> bool {
+    const EXPONENT: u32 = 0x7f80_0000;
+    values.iter().fold(true, |all, x| all & (x.to_bits() & EXPONENT != EXPONENT))
 }

@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use retune_core::change::{Scope, SiteView, StateChange, WeightChange};
 use retune_core::kernels::matrix::PackedMatrix;
-use retune_core::kernels::{linear, linear_frozen, linear_low_rank};
+use retune_core::kernels::{SparseEntries, linear, linear_frozen, linear_low_rank, linear_sparse};
 use retune_core::parameters::ParameterId;
 use tensor::Tensor;
 
 use super::Values;
+use crate::linear_algebra::scatter;
 
 /// The tensors of one change, as places in the list of parameters.
 #[derive(Debug, Clone, Default)]
@@ -137,6 +138,15 @@ pub enum Delta {
         /// The factor on the product.
         scale: f64,
     },
+    /// Numbers at some places.
+    Sparse {
+        /// One per place.
+        values: Tensor<1>,
+        /// Places in the matrix seen as one row-major list, in any order.
+        places: Vec<i32>,
+        /// `[rows, columns]` of the matrix.
+        shape: [usize; 2],
+    },
 }
 
 impl Delta {
@@ -145,6 +155,7 @@ impl Delta {
         match self {
             Self::Dense(delta) => delta,
             Self::LowRank { a, b, scale } => b.matmul(a).mul_scalar(scale),
+            Self::Sparse { values, places, shape } => scatter(values, &places, shape),
         }
     }
 }
@@ -187,12 +198,20 @@ impl<A: Addition> Formula for Added<A> {
                 let low = linear(linear(x_dropped, a, None), b, None).mul_scalar(scale);
                 Some(linear_frozen(x.clone(), base, bias.cloned()) + low)
             }
-            Delta::Dense(delta) if dropped => {
+            // A file may hold places in any order, or twice; the kernel wants them ascending.
+            Delta::Sparse { values, places, .. }
+                if !dropped && places.is_sorted_by(|a, b| a < b) =>
+            {
+                let indices = places.into_iter().map(i32::cast_unsigned).collect();
+                let entries = SparseEntries { indices, tap: None };
+                Some(linear_sparse(x.clone(), base, bias.cloned(), values, &entries))
+            }
+            delta @ (Delta::Dense(_) | Delta::Sparse { .. }) if dropped => {
                 let x_dropped = scope.dropout(x.clone(), self.0.dropout());
-                let added = linear(x_dropped, delta, None);
+                let added = linear(x_dropped, delta.dense(), None);
                 Some(linear_frozen(x.clone(), base, bias.cloned()) + added)
             }
-            Delta::Dense(_) => None,
+            Delta::Dense(_) | Delta::Sparse { .. } => None,
         }
     }
 }

@@ -193,7 +193,20 @@ pub enum Needs {
 }
 
 impl Needs {
-    fn refusal(self) -> Option<Refusal> {
+    /// Checks that a model has it.
+    ///
+    /// # Errors
+    /// If it has not.
+    pub fn check(self, method: &str, spec: &ModelSpec) -> Result<()> {
+        let Some(refusal) = self.refusal().filter(|no| (no.applies)(spec)) else { return Ok(()) };
+        Err(Error::Unsupported {
+            what: format!("{method} on {}, one of the models {}", spec.class, refusal.models),
+            help: "use a method that changes weights, such as lora, or ssf".to_owned(),
+        })
+    }
+
+    /// Returns which models do not have it.
+    pub fn refusal(self) -> Option<Refusal> {
         match self {
             Self::Nothing => None,
             Self::OneStack => {
@@ -356,17 +369,7 @@ impl<T: StateMethod> Method for State<T> {
     }
 
     fn plan(&self, spec: &ModelSpec) -> Result<MethodPlan> {
-        if let Some(refusal) = self.options.needs().refusal().filter(|no| (no.applies)(spec)) {
-            return Err(Error::Unsupported {
-                what: format!(
-                    "{} on {}, one of the models {}",
-                    T::NAME,
-                    spec.class,
-                    refusal.models
-                ),
-                help: "use a method that changes weights, such as lora, or ssf".to_owned(),
-            });
-        }
+        self.options.needs().check(T::NAME, spec)?;
         room(spec, self.options.num_positions(), T::NAME)?;
         let slots = self.options.slots(spec, self.form())?;
         let own = slots.into_iter().map(|slot| PlannedParameter {

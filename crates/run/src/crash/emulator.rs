@@ -193,7 +193,7 @@ pub fn heat_map(similarity: &[Vec<f64>]) -> HeatMap {
 ///
 /// # Errors
 /// If the model's blocks differ by their place in a way that cannot be written down, or the folder
-/// exists or cannot be written.
+/// cannot be written.
 pub fn write(prepared: &Prepared, choice: &Choice, output: &Path) -> Result<Manifest> {
     let opened = &prepared.opened;
     if let Some(head) = opened.checkpoint.fresh.first() {

@@ -1,7 +1,7 @@
 //! Trained blocks on their way back: taken out of the stand-in, put into the whole model.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use retune_core::model::Tuned;
 use retune_core::spec::WeightSpec;
@@ -12,7 +12,7 @@ use retune_files::safetensors::{SafetensorsFile, SafetensorsWriter, TensorSpec};
 use serde::{Deserialize, Serialize};
 
 use super::emulator::{Manifest, hash_weights};
-use crate::card::{Derived, derived_card};
+use crate::card::{Derived, Outputs, derived_card, with_origins};
 use crate::error::{Error, Result};
 use crate::export::{Beside, check_mergeable, merged, write_weights};
 use crate::open::Opened;
@@ -89,12 +89,18 @@ fn frozen_hash(manifest: &Manifest, weights: &Weights) -> Result<String> {
     hash_weights(weights, &names, &whole)
 }
 
-/// Takes the trained blocks out of a tuned stand-in and writes them as a folder to be sent back.
+/// Takes the trained blocks out of a tuned stand-in and writes them as a folder to be sent back;
+/// its card takes over those of `origins`, the adapter or model that was tuned.
 ///
 /// # Errors
 /// If `tuned` is no stand-in, something else than its trainable blocks was trained, or the disk is
 /// full.
-pub fn collect(path: &Path, tuned: &Tuned<'_>, output: &Path) -> Result<Moved> {
+pub fn collect(
+    path: &Path,
+    tuned: &Tuned<'_>,
+    origins: &[PathBuf],
+    output: &Path,
+) -> Result<Moved> {
     let spec = tuned.model.spec();
     let manifest = Manifest::read(path, spec)?;
     check_frozen(path, &manifest, tuned)?;
@@ -138,6 +144,7 @@ pub fn collect(path: &Path, tuned: &Tuned<'_>, output: &Path) -> Result<Moved> {
             ("base", format!("`{}`", manifest.base_sha256)),
         ],
     });
+    let card = with_origins(&card, origins, Outputs::Moved);
     std::fs::write(staging.path().join("README.md"), card).map_err(|e| staging.error(e))?;
     staging.commit()?;
     Ok(moved)
@@ -151,7 +158,7 @@ fn core(error: retune_files::SaveError) -> Error {
 ///
 /// # Errors
 /// If the blocks were trained on a stand-in of another model, a tensor is missing or misshapen, or
-/// the folder exists or cannot be written. With `force` a whole model of the same frozen weights but
+/// the folder cannot be written. With `force` a whole model of the same frozen weights but
 /// another hash is taken.
 pub fn plug_in(
     base: &Opened,
@@ -229,6 +236,7 @@ pub fn plug_in(
                   2023, arXiv 2310.15477).",
         facts: &[("blocks trained", format!("{trained:?}"))],
     });
+    let card = with_origins(&card, &[layers.to_path_buf()], Outputs::Moved);
     write_weights(&[tuned], spec, beside, dtype, &card, output, |weight| {
         match file.get(&weight.name) {
             Some(found) => Ok(found.to_f32()?),

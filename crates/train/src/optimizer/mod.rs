@@ -27,7 +27,7 @@ pub struct Step {
 ///
 /// The optimiser holds settings only; its state comes in and goes out as plain lists, so that
 /// saving, resuming and surgery on single elements are written once.
-pub trait Optimizer: Debug + Send {
+pub trait Optimizer: Debug + Send + Sync {
     /// Returns the names of the state lists, each as long as the parameter.
     fn state_names(&self) -> &'static [&'static str];
 

@@ -4,6 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::{LANES, Panels, Run, Tile, TileOutput, TileStart, no_pairs, portable};
+use crate::simd;
 
 pub(crate) struct Avx2;
 
@@ -157,7 +158,7 @@ unsafe fn transpose(rows: &[*const u32; LANES], units: usize, panel: *mut u32) {
                 for (a, row) in a.iter_mut().zip(&rows[half..]) {
                     *a = _mm256_loadu_ps(row.add(unit).cast());
                 }
-                for (i, column) in transpose_8(&a).into_iter().enumerate() {
+                for (i, column) in simd::transpose_8(&a).into_iter().enumerate() {
                     _mm256_storeu_ps(panel.add((unit + i) * LANES + half).cast(), column);
                 }
             }
@@ -166,28 +167,4 @@ unsafe fn transpose(rows: &[*const u32; LANES], units: usize, panel: *mut u32) {
     let rest = rows.map(|row| row.wrapping_add(whole));
     // SAFETY: as the caller promises, beyond the whole blocks.
     unsafe { portable::transpose(&rest, units - whole, panel.add(whole * LANES)) }
-}
-
-/// Transposes a block of 8 by 8: within 64 bits, within 128, whole.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn transpose_8(a: &[__m256; 8]) -> [__m256; 8] {
-    let mut b = *a;
-    for i in (0..8).step_by(2) {
-        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-    }
-    let mut c = b;
-    for g in (0..8).step_by(4) {
-        c[g] = _mm256_shuffle_ps::<0x44>(b[g], b[g + 2]);
-        c[g + 1] = _mm256_shuffle_ps::<0xee>(b[g], b[g + 2]);
-        c[g + 2] = _mm256_shuffle_ps::<0x44>(b[g + 1], b[g + 3]);
-        c[g + 3] = _mm256_shuffle_ps::<0xee>(b[g + 1], b[g + 3]);
-    }
-    let mut d = c;
-    for j in 0..4 {
-        d[j] = _mm256_permute2f128_ps::<0x20>(c[j], c[4 + j]);
-        d[4 + j] = _mm256_permute2f128_ps::<0x31>(c[j], c[4 + j]);
-    }
-    d
 }
