@@ -336,7 +336,7 @@ fn child(proof: &mut Proof) -> Result<()> {
     let child = method("child-tuning", "share = 0.3\nfisher_steps = 4")?;
     let (open, all) = lab.train(child, &rows, Pace::steps(10, 8, 1e-3), seed, |training| {
         let parameters = &training.parameters;
-        let masks = parameters.iter().filter(|(_, p)| p.name.ends_with(".child"));
+        let masks = parameters.iter().filter(|(_, p)| p.name.strip_suffix(".child").is_some());
         let values: Vec<f32> = masks.flat_map(|(id, _)| parameters.values(id)).collect();
         Ok((values.iter().filter(|open| **open == 1.0).count(), values.len()))
     })?;
