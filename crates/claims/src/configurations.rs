@@ -276,6 +276,7 @@ fn surrogate(space: &Space, proof: &mut Proof) {
 #[cfg(test)]
 mod tests {
     use retune_core::model::Model;
+    use retune_core::spec::WeightSpec;
 
     use super::*;
     use crate::pictures::Pictures;
@@ -294,7 +295,7 @@ mod tests {
         let model = rotated::model(&Pictures::digits(SEED), LAYERS);
         let spec = model.spec();
         let head = spec.weights.iter().filter(|weight| weight.module() == "head");
-        let head: usize = head.map(|weight| weight.count()).sum();
+        let head: usize = head.map(WeightSpec::count).sum();
         for point in Configuration::all() {
             let plan = method("autopeft", &point.options()).unwrap().plan(spec).unwrap();
             let on = point.layers.iter().filter(|on| **on).count();
