@@ -107,7 +107,9 @@ fn prove(clock: Clock) -> Result<Proof> {
     ] {
         let mut found = Found::default();
         let seeds = side_by_side(NUM_SEEDS, |number| one_seed(Seed(400 + number), turn, clock))?;
-        seeds.into_iter().for_each(|seed| found.append(seed));
+        for seed in seeds {
+            found.append(seed);
+        }
         report(task, &found, &mut proof);
     }
     proof.notes.push(

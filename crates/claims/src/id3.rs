@@ -192,7 +192,13 @@ fn quality(task: &str, turn: fn(&Pictures) -> Pictures, proof: &mut Proof) -> Re
         let untuned = bench.lab.accuracy(&bench.test)?;
         let full = bench.accuracy("full", "", Pace { rate: 1e-3, ..pace }, seed)?;
         let mut accuracies = Vec::new();
-        let weights = bench.lab.model.spec().linears().map(|weight| weight.count()).sum::<usize>();
+        let weights = bench
+            .lab
+            .model
+            .spec()
+            .linears()
+            .map(retune_core::spec::WeightSpec::count)
+            .sum::<usize>();
         for (_, name, options, part) in ARMS {
             let budget = match name {
                 "sara" => format!("fraction = {}", BUDGET as f64 / weights as f64),

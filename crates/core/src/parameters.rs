@@ -566,7 +566,7 @@ impl Parameters {
             let hole = Value::Floats(self.leaf(Vec::new(), false));
             match std::mem::replace(&mut self.at_mut(id).value, hole) {
                 Value::Floats(value) => taken.push((id, to_vec(value.inner()), Some(change))),
-                whole => self.at_mut(id).value = whole,
+                whole @ Value::Integers(_) => self.at_mut(id).value = whole,
             }
         }
         retune_kernels::each(&mut taken, |(_, values, change)| {
