@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use retune_core::batch::{Batch, Document};
 use retune_core::change::Changes;
-use retune_core::event::Silent;
+use retune_core::event::{Observer, Silent};
 use retune_core::method::Method;
 use retune_core::model::{Model, Tuned};
 use retune_core::parameters::{Parameters, to_vec};
@@ -15,7 +15,7 @@ use retune_core::weights::{Packing, Stored, WeightSource, Weights};
 use retune_methods::registry;
 use retune_train::optimizer::{AdamW, Optimizer};
 use retune_train::schedule::{Schedule, Shape};
-use retune_train::training::{BatchSource, Training, Walk};
+use retune_train::training::{BatchSource, Training, Validation, Walk};
 use tensor::Device;
 
 use crate::pictures::Pictures;
@@ -117,6 +117,21 @@ impl Pace {
     }
 }
 
+/// Who watches a training.
+pub(crate) struct Watch<'a> {
+    /// Steps between two measurements; 0 is one at the end.
+    pub(crate) every: u64,
+    /// What is measured.
+    pub(crate) validation: Option<&'a mut dyn Validation>,
+    /// Who is told of every step.
+    pub(crate) observer: &'a mut dyn Observer,
+}
+
+/// Makes AdamW without decay.
+pub(crate) fn adamw() -> Box<dyn Optimizer> {
+    Box::new(AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 })
+}
+
 /// What a tuning left.
 #[derive(Debug)]
 pub(crate) struct Tuning {
@@ -198,6 +213,16 @@ impl Lab {
         lab
     }
 
+    /// Gives `rows` in a new order each pass.
+    pub(crate) fn source<'a>(
+        &'a self,
+        rows: &'a [usize],
+        pace: Pace,
+        seed: Seed,
+    ) -> impl BatchSource + 'a {
+        Shuffled::new(self, rows, pace.batch, seed)
+    }
+
     /// Opens the weights as they stand.
     ///
     /// # Errors
@@ -251,8 +276,7 @@ impl Lab {
         seed: Seed,
         look: impl FnOnce(&Training<'_>) -> Result<T>,
     ) -> Result<T> {
-        let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
-        self.train_with(method, Box::new(optimizer), rows, pace, seed, look)
+        self.train_with(method, adamw(), rows, pace, seed, look)
     }
 
     /// Trains as [`Lab::train`], with another optimiser than AdamW.
@@ -268,13 +292,32 @@ impl Lab {
         seed: Seed,
         look: impl FnOnce(&Training<'_>) -> Result<T>,
     ) -> Result<T> {
-        let weights = self.weights()?;
         let mut batches = Shuffled::new(self, rows, pace.batch, seed);
+        let watch = Watch { every: 0, validation: None, observer: &mut Silent };
+        self.walk(method, optimizer, &mut batches, pace, seed, watch, look)
+    }
+
+    /// Trains as [`Lab::train`] on batches of any kind, while someone watches.
+    ///
+    /// # Errors
+    /// As [`Lab::train`].
+    #[expect(clippy::too_many_arguments, reason = "what a training needs, and who watches it")]
+    pub(crate) fn walk<T>(
+        &self,
+        method: Box<dyn Method>,
+        optimizer: Box<dyn Optimizer>,
+        batches: &mut dyn BatchSource,
+        pace: Pace,
+        seed: Seed,
+        watch: Watch<'_>,
+        look: impl FnOnce(&Training<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let weights = self.weights()?;
         let folder = tempfile::tempdir()?;
-        let walk = walk(pace, seed, folder.path());
+        let walk = Walk { evaluate_every: watch.every, ..walk(pace, seed, folder.path()) };
         let model = self.model.as_ref();
         let mut training = Training::new(model, &weights, method, optimizer, walk)?;
-        training.walk(&mut batches, None, &mut Silent)?;
+        training.walk(batches, watch.validation, watch.observer)?;
         look(&training)
     }
 

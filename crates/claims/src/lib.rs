@@ -4,6 +4,8 @@
 //! what must appear and whether it did. What does not hold is reported as such: a proof asserts
 //! what its paper or the retelling of it claims at this scale, and nothing is tuned until it fits.
 
+mod apet;
+mod aside;
 mod breadcrumbs;
 mod code_generation;
 mod compeft;
@@ -26,6 +28,7 @@ mod pictures;
 mod prefix_identity;
 mod regression;
 mod residual;
+mod retrieval;
 mod said;
 mod sara;
 mod sentences;
@@ -97,6 +100,8 @@ impl Proof {
 pub const CLAIMS: &[Claim] = &[
     hft::CLAIM,
     id3::CLAIM,
+    aside::CLAIM,
+    apet::CLAIM,
     code_generation::CLAIM,
     survey::CLAIM,
     grafting::CLAIM,

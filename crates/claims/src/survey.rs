@@ -222,7 +222,7 @@ fn logits(tuned: &Tuned<'_>, batch: &Batch) -> Result<Vec<f32>> {
 }
 
 /// Returns the largest difference.
-fn gap(a: &[f32], b: &[f32]) -> f64 {
+pub(crate) fn gap(a: &[f32], b: &[f32]) -> f64 {
     let gaps = a.iter().zip(b).map(|(a, b)| f64::from((a - b).abs()));
     gaps.fold(0.0, f64::max)
 }

@@ -149,6 +149,62 @@ fn an_adapter_is_compressed_used_and_written_out_again() {
 }
 
 #[test]
+fn half_of_a_change_goes_back() {
+    let home = tempfile::tempdir().unwrap();
+    let folder = home.path();
+    trained(folder);
+    let adapter = "runs/small-1/adapter";
+    let model = ["--model", "builtin:tiny", "--adapter", adapter];
+    json(folder, &[&["merge-adapter", "--output", "tuned"], &model[..]].concat());
+    let nothing = ["combine", adapter, "--weights", "0", "--base", "builtin:tiny"];
+    json(folder, &[&nothing[..], &["--output", "base"]].concat());
+    let reset = ["half-reset", "tuned", "--base", "base", "--output"];
+    let found = json(folder, &[&reset[..], &["half"]].concat());
+
+    let back: Vec<&str> = found["reset"]["weights"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|name| name.as_str().unwrap())
+        .collect();
+    let open = |name: &str| {
+        let path = folder.join(name).join("model.safetensors");
+        retune_files::safetensors::SafetensorsFile::open(path).unwrap()
+    };
+    let (base, tuned, half) = (open("base"), open("tuned"), open("half"));
+    let mut counts = [0; 2];
+    let (mut values, mut of_back) = (0, 0);
+    for tensor in half.tensors() {
+        let went_back = back.contains(&tensor.name);
+        let from = if went_back { &base } else { &tuned };
+        assert!(tensor.bytes == from.tensor(tensor.name).unwrap().bytes, "{}", tensor.name);
+        counts[usize::from(went_back)] += usize::from(tensor.name.contains("_proj"));
+        values += tensor.bytes.len();
+        of_back += if went_back { tensor.bytes.len() } else { 0 };
+    }
+    // Of each of 4 layers: 2 of 4 matrices of attention, and 2 or 1 of 3 of the network.
+    assert_eq!(counts, [14, 14]);
+    let share = found["reset"]["share"].as_f64().unwrap();
+    assert!((share - of_back as f64 / values as f64).abs() < 1e-12, "{share}");
+    let again = json(folder, &[&reset[..], &["again", "--stage", "1"]].concat());
+    assert_ne!(again["reset"]["weights"], found["reset"]["weights"]);
+
+    refused(folder, &[&reset[..], &["half"]].concat(), "exists already");
+    refused(folder, &[&reset[..], &["x", "--level", "row"]].concat(), "category");
+    refused(folder, &[&reset[..], &["x", "--ratio", "1"]].concat(), "use `full`");
+    let text = std::fs::read_to_string(folder.join("base/config.json")).unwrap();
+    std::fs::create_dir(folder.join("wide")).unwrap();
+    let wide = text.replace("\"intermediate_size\": 320", "\"intermediate_size\": 384");
+    assert_ne!(wide, text);
+    std::fs::write(folder.join("wide/config.json"), wide).unwrap();
+    json(folder, &["init", "wide", "--output", "other"]);
+    let other = ["half-reset", "tuned", "--base", "other", "--output", "x"];
+    refused(folder, &other, "`model.layers.3.mlp.up_proj.weight` of shape [384, 128]");
+    refused(folder, &other, "`model.layers.0.mlp.down_proj.weight` of shape [128, 320]");
+    assert!(!folder.join("x").exists());
+}
+
+#[test]
 fn adapters_are_combined_and_extracted() {
     let home = tempfile::tempdir().unwrap();
     let folder = home.path();
