@@ -236,7 +236,7 @@ pub fn line(
 /// of the second and of the third from 0 to 1. `paths` name the models in errors.
 ///
 /// # Errors
-/// As [`line`].
+/// As [`line()`].
 ///
 /// # Cost
 /// One validation per point, with all models and the one between in memory.
