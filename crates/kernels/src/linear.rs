@@ -7,6 +7,7 @@ use tensor::{Tensor, TensorData};
 
 use crate::buffer::Buffer;
 use crate::matrix::{Arithmetic, PackedMatrix, product, product_nt, product_tn};
+use crate::parallel::add_rows;
 use crate::recompute::Kept;
 use crate::tape::{Operation, apply, from_values, is_fast, values};
 
@@ -178,17 +179,9 @@ fn dims(tensor: &FlexTensor) -> [usize; 2] {
 }
 
 /// Adds up the rows of a `[tokens, width]` gradient, in order.
-fn sum_of_rows(gradient: &FlexTensor) -> FlexTensor {
+pub(crate) fn sum_of_rows(gradient: &FlexTensor) -> FlexTensor {
     let [_, width] = dims(gradient);
-    let mut sums = vec![0.0; width];
-    if width > 0 {
-        for row in values(gradient).chunks_exact(width) {
-            for (sum, x) in sums.iter_mut().zip(row) {
-                *sum += x;
-            }
-        }
-    }
-    from_values(sums, [width])
+    from_values(add_rows(values(gradient), width), [width])
 }
 
 /// The optional bias: the input that may follow the first `first` of `N`.

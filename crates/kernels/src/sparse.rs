@@ -8,6 +8,7 @@ use burn_flex::FlexTensor;
 use tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 
 use crate::buffer::Buffer;
+use crate::linear::sum_of_rows;
 use crate::matrix::{Arithmetic, PackedMatrix, product, product_nt, product_tn};
 use crate::parallel::{each, rows_of};
 use crate::recompute::Kept;
@@ -487,13 +488,7 @@ impl<const N: usize> Operation<N> for Linear {
         let changes = saved
             .x
             .map(|x| from_values(self.entries_gradient(values(x.tensor()), dy), [indices.len()]));
-        let bias = wanted.get(2).is_some_and(|wanted| *wanted).then(|| {
-            let mut sums = vec![0.0; rows];
-            for row in dy.chunks_exact(rows.max(1)) {
-                sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
-            }
-            from_values(sums, [rows])
-        });
+        let bias = wanted.get(2).is_some_and(|wanted| *wanted).then(|| sum_of_rows(&gradient));
         let mut found = [dx, changes, bias].into_iter();
         std::array::from_fn(|_| found.next().flatten())
     }
