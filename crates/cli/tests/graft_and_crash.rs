@@ -1,21 +1,12 @@
 //! `graft` and `crash` as a person meets them.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod common;
+
 use std::path::Path;
-use std::process::{Command, Output};
 
+use common::retune;
 use serde_json::Value;
-
-fn retune(folder: &Path, arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_retune"))
-        .args(arguments)
-        .current_dir(folder)
-        .env("RETUNE_CACHE", folder.join("cache"))
-        .env("HF_HUB_OFFLINE", "1")
-        .env("NO_COLOR", "1")
-        .output()
-        .unwrap()
-}
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()

@@ -1,25 +1,16 @@
 //! Models that read images, as a person meets them: from a configuration to a merged model.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+mod common;
 
+use std::path::{Path, PathBuf};
+
+use common::retune;
 use retune_files::safetensors::SafetensorsFile;
 use serde_json::Value;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
-}
-
-fn retune(folder: &Path, arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_retune"))
-        .args(arguments)
-        .current_dir(folder)
-        .env("RETUNE_CACHE", folder.join("cache"))
-        .env("HF_HUB_OFFLINE", "1")
-        .env("NO_COLOR", "1")
-        .output()
-        .unwrap()
 }
 
 /// Runs the program, which must succeed, and returns what it printed.

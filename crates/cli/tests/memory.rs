@@ -2,23 +2,20 @@
 //! fit, and settings that do.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-use std::path::Path;
-use std::process::{Command, Output};
+mod common;
 
+use std::path::Path;
+use std::process::Output;
+
+use common::retune;
 use retune_core::kernels::matrix::Arithmetic;
 use serde_json::Value;
 
 fn plan(folder: &Path, settings: &[String]) -> Output {
     let settings = settings.iter().flat_map(|setting| ["--set", setting.as_str()]);
-    Command::new(env!("CARGO_BIN_EXE_retune"))
-        .args(["--json", "plan", "large.toml"])
-        .args(settings)
-        .current_dir(folder)
-        .env("RETUNE_CACHE", folder.join("cache"))
-        .env("HF_HUB_OFFLINE", "1")
-        .env("NO_COLOR", "1")
-        .output()
-        .unwrap()
+    let arguments: Vec<&str> =
+        ["--json", "plan", "large.toml"].into_iter().chain(settings).collect();
+    retune(folder, &arguments)
 }
 
 fn accepted(folder: &Path, settings: &[String]) -> Value {

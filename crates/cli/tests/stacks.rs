@@ -1,22 +1,14 @@
 //! Several methods and several adapters at once, as a person meets them.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Output;
 
+use common::retune;
 use retune_files::safetensors::SafetensorsFile;
-
-fn retune(folder: &Path, arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_retune"))
-        .args(arguments)
-        .current_dir(folder)
-        .env("RETUNE_CACHE", folder.join("cache"))
-        .env("HF_HUB_OFFLINE", "1")
-        .env("NO_COLOR", "1")
-        .output()
-        .unwrap()
-}
 
 fn shown(out: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr))
