@@ -132,9 +132,9 @@ fn rows_say_their_task_to_a_method_that_tells_tasks_apart() {
     let folder = tempfile::tempdir().unwrap();
     recipe(folder.path(), "");
     let rows = std::fs::read_to_string(folder.path().join("rows.jsonl")).unwrap();
-    let with_tasks = |count: usize| {
+    let with_tasks = |count: usize, first: usize| {
         let row = |(i, row): (usize, &str)| {
-            format!("{}, \"of\": {}}}\n", row.trim_end_matches('}'), i % count)
+            format!("{}, \"of\": {}}}\n", row.trim_end_matches('}'), (i + first) % count)
         };
         let rows: String = rows.lines().enumerate().map(row).collect();
         std::fs::write(folder.path().join("rows.jsonl"), rows).unwrap();
@@ -144,7 +144,7 @@ fn rows_say_their_task_to_a_method_that_tells_tasks_apart() {
     let named = plain.replace("[method.lora]", "task = \"of\"\n[method.lora]");
     let poly = named.replace("[method.lora]\nrank = 4", "[method.poly]\nrank = 2\ntasks = 2");
 
-    with_tasks(2);
+    with_tasks(2, 0);
     std::fs::write(&file, &named).unwrap();
     let out = retune(folder.path(), &["run", "small.toml"]);
     assert_eq!(out.status.code(), Some(1));
@@ -153,7 +153,17 @@ fn rows_say_their_task_to_a_method_that_tells_tasks_apart() {
     let out = retune(folder.path(), &["run", "small.toml"]);
     assert!(out.status.success(), "{}", text_of(&out));
 
-    with_tasks(3);
+    // The same texts in other tasks are another plan, which a checkpoint does not fit.
+    let hash = || {
+        let out = retune(folder.path(), &["--json", "plan", "small.toml"]);
+        let plan: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        plan["hash"].as_str().unwrap().to_owned()
+    };
+    let planned = hash();
+    with_tasks(2, 1);
+    assert_ne!(hash(), planned);
+
+    with_tasks(3, 0);
     let out = retune(folder.path(), &["run", "small.toml"]);
     assert_eq!(out.status.code(), Some(1));
     assert!(text_of(&out).contains("task"), "{}", text_of(&out));

@@ -202,7 +202,6 @@ impl Plan {
         ));
         take(&format!("{} {:?}", self.num_steps, recipe.compute.arithmetic));
         take(&format!("{:?} {}", recipe.compute.weights, self.forecast.recompute));
-        take(recipe.data.task.as_deref().unwrap_or_default());
         if let Some(images) = splits.train.dataset.images() {
             hasher.update(images.settings());
             for row in &splits.train.rows {
@@ -220,7 +219,7 @@ impl Plan {
                 .collect();
             hasher.update((bytes.len() as u64).to_le_bytes());
             hasher.update(&bytes);
-            hasher.update(format!("{:?}", document.class));
+            hasher.update(format!("{:?} {:?}", document.class, document.task));
         }
         Ok(format!("{:x}", hasher.finalize()))
     }
