@@ -5,14 +5,13 @@ use std::fmt::Write;
 use std::path::Path;
 
 use retune_core::random::Seed;
-use retune_core::spec::{ModelSpec, WeightSpec};
 use retune_files::Dtype;
 use retune_files::compeft::CompeftFile;
 use retune_files::safetensors::{SafetensorsWriter, TensorSpec};
 use retune_merge::compeft::{ALPHAS, Settings, Signer, compress, select};
 use retune_merge::update::Update;
 
-use crate::lab::{Lab, Pace, Values, method};
+use crate::lab::{Held, Lab, Pace, Values, method};
 use crate::mlp::Mlp;
 use crate::pictures::{DIGITS, PIXELS, Pictures};
 use crate::{Claim, Clock, Proof, Result, mean};
@@ -148,7 +147,7 @@ fn one_seed(seed: Seed) -> Result<(f64, f64, Vec<Arm>)> {
     let (validation, test) = (rows(count + 1150, count + 1350), rows(count + 1350, 2 * count));
     let model = Mlp::new(pictures.table(), &[PIXELS, 256, 256, DIGITS]);
     let mut lab = Lab::of_pictures(model, &pictures, seed);
-    lab.set(draw(lab.model.spec(), seed));
+    lab.set(Held::draw_as_pytorch(lab.model.spec(), seed));
     lab.pretrain(&upstream, Pace::passes(60, upstream.len(), 32, 1e-3), seed)?;
     let base = lab.values().clone();
     let before = lab.accuracy(&test)?;
@@ -168,20 +167,6 @@ fn one_seed(seed: Seed) -> Result<(f64, f64, Vec<Arm>)> {
         arms.push(arm(&mut lab, &base, &update, density, &validation, &test)?);
     }
     Ok((before, after, arms))
-}
-
-/// Draws weights and biases from `U(±1/√inputs)`: PyTorch's default. The share of an update in what
-/// a layer computes hangs on the size of the weights it is added to, and drawn after He et al. they
-/// are 2.4 times larger.
-fn draw(spec: &ModelSpec, seed: Seed) -> Values {
-    let draw = |weight: &WeightSpec| {
-        let matrix = spec.weight(&format!("{}.weight", weight.module())).unwrap_or(weight);
-        let [_, inputs] = matrix.matrix();
-        let mut values = vec![0.0; weight.count()];
-        seed.stream(&weight.name, &[]).fill_uniform(&mut values, (inputs as f64).powf(-0.5));
-        (weight.name.clone(), values)
-    };
-    spec.weights.iter().map(draw).collect()
 }
 
 fn arm(

@@ -6,7 +6,7 @@ use retune_core::random::Seed;
 
 use crate::contest::Rows;
 use crate::lab::{Lab, Pace, method};
-use crate::rotated::{TRAIN, WIDTH, rotated};
+use crate::rotated::{OTHERS, WIDTH, rotated};
 use crate::saas::Surrogate;
 use crate::search::{self, Space};
 use crate::{Claim, Clock, Proof, Result, mean, side_by_side};
@@ -84,7 +84,7 @@ impl Configuration {
     }
 
     fn train(&self, lab: &Lab, rows: &Rows) -> Result<f64> {
-        let pace = Pace::passes(4, TRAIN, 32, 5e-3);
+        let pace = Pace::passes(4, rows.train.len(), 32, 5e-3);
         lab.train(method("autopeft", &self.options())?, &rows.train, pace, SEED, |training| {
             lab.accuracy_of(&training.tuned(), &rows.test)
         })
@@ -92,7 +92,7 @@ impl Configuration {
 }
 
 fn ground() -> Result<(Lab, Rows)> {
-    let (lab, rows) = rotated(LAYERS, SEED)?;
+    let (lab, rows) = rotated(LAYERS, &OTHERS, SEED)?;
     let test = [rows.validation.clone(), rows.test.clone()].concat();
     Ok((lab, Rows { test, ..rows }))
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use retune_core::batch::{Batch, Document};
 use retune_core::change::Changes;
-use retune_core::event::Silent;
+use retune_core::event::{Observer, Silent};
 use retune_core::method::Method;
 use retune_core::model::{Model, Output, Tuned};
 use retune_core::parameters::{Parameters, to_vec};
@@ -15,7 +15,7 @@ use retune_core::weights::{Packing, Stored, WeightSource, Weights};
 use retune_methods::registry;
 use retune_train::optimizer::{AdamW, Optimizer};
 use retune_train::schedule::{Schedule, Shape};
-use retune_train::training::{BatchSource, Training, Walk};
+use retune_train::training::{BatchSource, Training, Validation, Walk};
 use tensor::Device;
 
 use crate::pictures::Pictures;
@@ -45,6 +45,28 @@ impl Held {
             if matches!(weight.kind, Kind::Linear { .. } | Kind::Embedding) {
                 let deviation = (2.0 / inputs as f64).sqrt();
                 seed.stream(&weight.name, &[]).fill_normal(&mut values, deviation);
+            }
+            (weight.name.clone(), values)
+        };
+        spec.weights.iter().map(draw).collect()
+    }
+
+    /// Draws weights as PyTorch's layers do by default: matrices and biases from `U(±1/√inputs)`,
+    /// embeddings from `N(0, 1)`, gains 1. Proofs whose paper or retelling does not say how weights
+    /// are drawn take these: how much a change of a given size does hangs on the size of the weights
+    /// it is added to, and drawn after He et al. matrices are 2.4 times larger.
+    pub(crate) fn draw_as_pytorch(spec: &ModelSpec, seed: Seed) -> Values {
+        let draw = |weight: &WeightSpec| {
+            let matrix = spec.weight(&format!("{}.weight", weight.module())).unwrap_or(weight);
+            let [_, inputs] = matrix.matrix();
+            let mut values = vec![f32::from(u8::from(weight.kind == Kind::Norm)); weight.count()];
+            let mut random = seed.stream(&weight.name, &[]);
+            match (weight.kind, matrix.kind) {
+                (Kind::Embedding, _) => random.fill_normal(&mut values, 1.0),
+                (_, Kind::Linear { .. }) => {
+                    random.fill_uniform(&mut values, (inputs as f64).powf(-0.5));
+                }
+                _ => {}
             }
             (weight.name.clone(), values)
         };
@@ -115,6 +137,21 @@ impl Pace {
     pub(crate) const fn constant(self) -> Self {
         Self { shape: Shape::Constant, ..self }
     }
+}
+
+/// Who watches a training.
+pub(crate) struct Watch<'a> {
+    /// Steps between two measurements; 0 is one at the end.
+    pub(crate) every: u64,
+    /// What is measured.
+    pub(crate) validation: Option<&'a mut dyn Validation>,
+    /// Who is told of every step.
+    pub(crate) observer: &'a mut dyn Observer,
+}
+
+/// Makes AdamW without decay.
+pub(crate) fn adamw() -> Box<dyn Optimizer> {
+    Box::new(AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 })
 }
 
 /// What a tuning left.
@@ -198,6 +235,16 @@ impl Lab {
         lab
     }
 
+    /// Gives `rows` in a new order each pass.
+    pub(crate) fn source<'a>(
+        &'a self,
+        rows: &'a [usize],
+        pace: Pace,
+        seed: Seed,
+    ) -> impl BatchSource + 'a {
+        Shuffled::new(self, rows, pace.batch, seed)
+    }
+
     /// Opens the weights as they stand.
     ///
     /// # Errors
@@ -251,8 +298,7 @@ impl Lab {
         seed: Seed,
         look: impl FnOnce(&Training<'_>) -> Result<T>,
     ) -> Result<T> {
-        let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
-        self.train_with(method, Box::new(optimizer), rows, pace, seed, look)
+        self.train_with(method, adamw(), rows, pace, seed, look)
     }
 
     /// Trains as [`Lab::train`], with another optimiser than AdamW.
@@ -268,13 +314,32 @@ impl Lab {
         seed: Seed,
         look: impl FnOnce(&Training<'_>) -> Result<T>,
     ) -> Result<T> {
-        let weights = self.weights()?;
         let mut batches = Shuffled::new(self, rows, pace.batch, seed);
+        let watch = Watch { every: 0, validation: None, observer: &mut Silent };
+        self.walk(method, optimizer, &mut batches, pace, seed, watch, look)
+    }
+
+    /// Trains as [`Lab::train`] on batches of any kind, while someone watches.
+    ///
+    /// # Errors
+    /// As [`Lab::train`].
+    #[expect(clippy::too_many_arguments, reason = "what a training needs, and who watches it")]
+    pub(crate) fn walk<T>(
+        &self,
+        method: Box<dyn Method>,
+        optimizer: Box<dyn Optimizer>,
+        batches: &mut dyn BatchSource,
+        pace: Pace,
+        seed: Seed,
+        watch: Watch<'_>,
+        look: impl FnOnce(&Training<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let weights = self.weights()?;
         let folder = tempfile::tempdir()?;
-        let walk = walk(pace, seed, folder.path());
+        let walk = Walk { evaluate_every: watch.every, ..walk(pace, seed, folder.path()) };
         let model = self.model.as_ref();
         let mut training = Training::new(model, &weights, method, optimizer, walk)?;
-        training.walk(&mut batches, None, &mut Silent)?;
+        training.walk(batches, watch.validation, watch.observer)?;
         look(&training)
     }
 

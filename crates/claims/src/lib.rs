@@ -4,6 +4,8 @@
 //! what must appear and whether it did. What does not hold is reported as such: a proof asserts
 //! what its paper or the retelling of it claims at this scale, and nothing is tuned until it fits.
 
+mod apet;
+mod aside;
 mod ast_petl;
 mod audio;
 mod bottleneck_shapes;
@@ -35,6 +37,7 @@ mod pictures;
 mod prefix_identity;
 mod regression;
 mod residual;
+mod retrieval;
 mod rotated;
 mod saas;
 mod said;
@@ -112,6 +115,8 @@ pub const CLAIMS: &[Claim] = &[
     hft::CLAIM,
     id3::CLAIM,
     families::CLAIM,
+    aside::CLAIM,
+    apet::CLAIM,
     code_generation::CLAIM,
     ast_petl::CLAIM,
     survey::CLAIM,

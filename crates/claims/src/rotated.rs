@@ -1,5 +1,7 @@
 //! The ground of several proofs: a picture transformer that knows upright digits, and rotated ones.
 
+use std::ops::Range;
+
 use retune_core::random::Seed;
 
 use crate::Result;
@@ -12,14 +14,22 @@ use crate::pictures::{DIGITS, Pictures, SIDE};
 /// Width of the transformer.
 pub(crate) const WIDTH: usize = 32;
 
-/// Rotated pictures to tune on.
-pub(crate) const TRAIN: usize = 500;
+/// Which digits the base learns upright, and which serve what once they are turned; the rest of 1797
+/// is measured.
+#[derive(Debug)]
+pub(crate) struct Split {
+    upright: usize,
+    /// To tune on.
+    pub(crate) train: Range<usize>,
+    /// To choose rates.
+    validation: Range<usize>,
+}
 
-/// Pictures the base learns from.
-const UPRIGHT: usize = 900;
+/// Digits to tune on that the base has not seen.
+pub(crate) const OTHERS: Split = Split { upright: 900, train: 900..1400, validation: 1400..1550 };
 
-/// Rotated pictures that choose rates; the rest of 1797 is measured.
-const VALIDATION: usize = 150;
+/// Digits to tune on that the base knows upright.
+pub(crate) const SAME: Split = Split { upright: 1200, train: 0..1200, validation: 1200..1350 };
 
 /// Builds the transformer, its rows tokens, 8 a picture.
 pub(crate) fn model(pictures: &Pictures, num_layers: usize) -> Encoder {
@@ -31,20 +41,19 @@ pub(crate) fn model(pictures: &Pictures, num_layers: usize) -> Encoder {
 ///
 /// # Errors
 /// Those of training.
-pub(crate) fn rotated(num_layers: usize, seed: Seed) -> Result<(Lab, Rows)> {
+pub(crate) fn rotated(num_layers: usize, split: &Split, seed: Seed) -> Result<(Lab, Rows)> {
     let upright = Pictures::digits(seed);
     let count = upright.len();
     let turned = upright.rotated();
     let pictures = upright.and(turned);
     let mut lab = Lab::of_pictures(model(&pictures, num_layers), &pictures, seed);
-    let known: Vec<usize> = (0..UPRIGHT).collect();
-    lab.pretrain(&known, Pace::passes(30, UPRIGHT, 32, 2e-3), seed)?;
-    let part = |from: usize, to: usize| (count + from..count + to).collect();
-    let validation = UPRIGHT + TRAIN + VALIDATION;
+    let known: Vec<usize> = (0..split.upright).collect();
+    lab.pretrain(&known, Pace::passes(30, known.len(), 32, 2e-3), seed)?;
+    let part = |part: Range<usize>| part.map(|row| count + row).collect();
     let rows = Rows {
-        train: part(UPRIGHT, UPRIGHT + TRAIN),
-        validation: part(UPRIGHT + TRAIN, validation),
-        test: part(validation, count),
+        train: part(split.train.clone()),
+        validation: part(split.validation.clone()),
+        test: part(split.validation.end..count),
     };
     Ok((lab, rows))
 }
