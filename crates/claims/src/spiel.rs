@@ -113,8 +113,8 @@ fn prove(_clock: Clock) -> Result<Proof> {
         "Of the moved entries of the first matrix, nine tenths of all, {:.3} are found, of the second, \
          through which they reach the outputs, {:.3}. A plain PyTorch version of the method on the same \
          network finds 0.06 to 0.16 and 0.42 to 0.95 on 24 seeds.",
-        of(0),
-        of(1)
+        of(1),
+        of(0)
     ));
     proof.notes.push(
         "SM3 is barely better than chance here: its row and column momenta only see entries that \
