@@ -44,6 +44,7 @@ mod said;
 mod sara;
 mod search;
 mod sentences;
+mod shipping;
 mod snippets;
 mod spiel;
 mod ssf;
@@ -131,6 +132,7 @@ pub const CLAIMS: &[Claim] = &[
     grafting::CLAIM,
     grafting_language::CLAIM,
     spiel::CLAIM,
+    shipping::CLAIM,
     bottleneck_shapes::CLAIM,
     dsee::CLAIM,
     design_table::CLAIM,
