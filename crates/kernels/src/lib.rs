@@ -12,12 +12,14 @@
 )]
 
 pub mod activation;
+mod add;
 pub mod adamw;
 pub mod attention;
 mod buffer;
 #[cfg(test)]
 mod check;
 mod disjoint;
+pub mod dropout;
 pub mod embed;
 mod fastfood;
 pub mod gated;
@@ -41,8 +43,10 @@ mod turn;
 pub mod work;
 
 pub use activation::{Activation, activate};
+pub use add::add;
 pub use adamw::{AdamwStep, adamw};
 pub use attention::{AttentionOptions, KeyValues, attention, attention_over_cache};
+pub use dropout::dropout;
 pub use embed::embed;
 pub use fastfood::{Fastfood, fastfood, fastfood_reference};
 pub use gated::gated;

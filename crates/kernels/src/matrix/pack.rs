@@ -148,10 +148,11 @@ pub(crate) fn runs<T: Tile>(
             }
             Operand::Columns { values, stride } => {
                 let packed = &mut packed[piece.unit * UNIT..][..units * UNIT];
-                for (k, packed) in piece.range.clone().zip(packed.chunks_exact_mut(UNIT)) {
+                // Arrays, so that a copy is an instruction or two and not a call.
+                for (k, packed) in piece.range.clone().zip(packed.as_chunks_mut::<UNIT>().0) {
                     let values = &values[k * stride + rows.start..];
                     match values.first_chunk::<UNIT>() {
-                        Some(values) => packed.copy_from_slice(values),
+                        Some(values) => *packed = *values,
                         None => packed[..rows.len()].copy_from_slice(&values[..rows.len()]),
                     }
                 }
