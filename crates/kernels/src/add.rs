@@ -41,12 +41,7 @@ impl Operation<2> for Add {
         (out.into_tensor(x.layout().shape().clone()), ())
     }
 
-    fn backward(
-        &self,
-        (): (),
-        gradient: FlexTensor,
-        wanted: [bool; 2],
-    ) -> [Option<FlexTensor>; 2] {
+    fn backward(&self, (): (), gradient: FlexTensor, wanted: [bool; 2]) -> [Option<FlexTensor>; 2] {
         wanted.map(|wanted| wanted.then(|| gradient.clone()))
     }
 }

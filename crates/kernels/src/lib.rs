@@ -12,8 +12,8 @@
 )]
 
 pub mod activation;
-mod add;
 pub mod adamw;
+mod add;
 pub mod attention;
 mod buffer;
 #[cfg(test)]
@@ -43,8 +43,8 @@ mod turn;
 pub mod work;
 
 pub use activation::{Activation, activate};
-pub use add::add;
 pub use adamw::{AdamwStep, adamw};
+pub use add::add;
 pub use attention::{AttentionOptions, KeyValues, attention, attention_over_cache};
 pub use dropout::dropout;
 pub use embed::embed;
