@@ -132,7 +132,8 @@ fn parts<T: Tile>(rows: usize, columns: usize, terms: &[Term], threads: usize) -
     let least_across = columns.div_ceil(T::CHUNK).max(1);
     let most_across = columns.div_ceil(granule);
     let most_down = rows.div_ceil(2 * T::ROWS);
-    let packed = |down: usize, across: usize| across * rows + down * columns;
+    let right = terms.iter().map(|term| term.right.packing_cost()).max().unwrap_or(1);
+    let packed = |down: usize, across: usize| across * rows + down * columns * right;
     let best = (1..=most_down.min(wanted))
         .map(|down| (down, wanted.div_ceil(down).max(least_across).min(most_across)))
         // Enough parts first, then little packing.
