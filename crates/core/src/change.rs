@@ -13,7 +13,7 @@ use crate::random::Seed;
 use crate::site::Site;
 use crate::weights::Weights;
 use retune_kernels::matrix::PackedMatrix;
-use retune_kernels::{AttentionOptions, Spans};
+use retune_kernels::{self as kernels, AttentionOptions, Spans};
 use tensor::{Tensor, TensorData};
 
 /// Whether a pass learns.
@@ -29,6 +29,10 @@ pub enum Mode {
         pass: u64,
     },
 }
+
+/// Elements of a dropout's mask that one stream draws, so that threads share the work and masks do
+/// not depend on their number.
+const DRAWN_TOGETHER: usize = 1 << 14;
 
 /// What a change may look at while it is applied: its parameters, the mode and randomness.
 #[derive(Debug)]
@@ -112,13 +116,16 @@ impl<'a> Scope<'a> {
             return x;
         }
         self.draws += 1;
-        let mut random = seed.stream("dropout", &[pass, self.draws]);
-        let kept = (1.0 / (1.0 - rate)) as f32;
-        let shape = x.shape();
-        let mask: Vec<f32> = (0..shape.num_elements())
-            .map(|_| if random.uniform() < rate { 0.0 } else { kept })
-            .collect();
-        x.clone() * Tensor::from_data(TensorData::new(mask, shape), self.parameters.device())
+        let (draws, count) = (self.draws, x.shape().num_elements());
+        let mut mask: Arc<[u8]> = std::iter::repeat_n(0, count).collect();
+        if let Some(mask) = Arc::get_mut(&mut mask) {
+            let parts = mask.chunks_mut(DRAWN_TOGETHER).enumerate();
+            kernels::each(parts, |(part, mask)| {
+                let mut random = seed.stream("dropout", &[pass, draws, part as u64]);
+                mask.fill_with(|| u8::from(random.uniform() >= rate));
+            });
+        }
+        kernels::dropout(x, mask, (1.0 / (1.0 - rate)) as f32)
     }
 }
 
@@ -539,7 +546,8 @@ impl Changes {
         let base = match changes.get(first) {
             Some(change) if change.replaces_base() => {
                 let shape = weights.describe(name)?.matrix();
-                Tensor::zeros(shape, weights.device())
+                // A view of one number: nobody reads it.
+                Tensor::<2>::zeros([1, 1], weights.device()).expand(shape)
             }
             _ => weights.dense(name)?,
         };

@@ -8,9 +8,9 @@ use retune_core::batch::Batch;
 use retune_core::model::{Output, Tuned};
 use retune_core::parameters::{Parameters, to_vec};
 use retune_core::random::Seed;
-use retune_core::weights::{Packing, Weights};
 use retune_methods::adapter::Adapter;
 use retune_testkit::golden::{Tensors, assert_close, folder};
+use retune_testkit::open::weights;
 use tensor::Device;
 
 fn logits(tuned: &Tuned<'_>, batch: &Batch) -> Vec<f32> {
@@ -28,8 +28,7 @@ fn check(case: &str, extra: usize, tasks: Option<Vec<usize>>) {
     let checkpoint = retune_models::open(&folder("peft/base")).unwrap();
     let spec = checkpoint.model.spec();
     let source = Arc::clone(&checkpoint.source);
-    let weights =
-        Weights::new(source, Arc::clone(spec), Packing::default(), &Device::flex()).unwrap();
+    let weights = weights(source, spec);
     let path = folder(&format!("peft/{case}"));
     let adapter = Adapter::read(&path).unwrap();
     let method = adapter.method().unwrap();
