@@ -387,7 +387,7 @@ impl<'a> Head<'a> {
         };
         let mut reader = header::Reader { bytes: checked, at: 0 };
         let mut length = || match reader.number() {
-            Ok(length) if length <= u64::from(u32::MAX) => Ok(length),
+            Ok(length) if u32::try_from(length).is_ok() => Ok(length),
             Ok(length) => Err(CompeftProblem::Header(format!("it takes {length} bytes"))),
             Err(message) => Err(CompeftProblem::Header(message)),
         };
