@@ -72,7 +72,7 @@ fn parity(random: &mut Random) -> (String, String) {
     let number = random.below(90) + 10;
     let thing = one(random, &["crate", "gate", "track", "locker", "seat", "buoy", "stall", "page"]);
     let who = one(random, &["We", "They", "My friends", "The guards", "I", "Her parents"]);
-    let answer = if number % 2 == 0 { " even" } else { " odd" };
+    let answer = if number.is_multiple_of(2) { " even" } else { " odd" };
     (format!("{who} stood at {thing} {number}. The number is"), answer.to_owned())
 }
 
