@@ -10,6 +10,7 @@ use crate::commands::crash::CrashCommand;
 use crate::commands::diff::DiffArguments;
 use crate::commands::extract::ExtractArguments;
 use crate::commands::graft::GraftCommand;
+use crate::commands::half_reset::HalfResetArguments;
 use crate::commands::ship::ShipArguments;
 
 /// Tunes pretrained models without Python: few parameters, chosen settings, an ordinary processor.
@@ -160,6 +161,8 @@ pub(crate) enum Command {
     Combine(CombineArguments),
     /// Extracts a LoRA adapter from a full tune.
     Extract(ExtractArguments),
+    /// Puts a random half of a tuned model's matrices back to the base's values (HFT).
+    HalfReset(HalfResetArguments),
     /// Tunes a model one does not hold, through an emulator of it (CRaSh, offsite tuning).
     #[command(subcommand)]
     Crash(CrashCommand),

@@ -70,6 +70,9 @@ options! {
         start: Ends = Ends::Lora;
         /// Tokens a convolution sees.
         kernel: usize = 3, in 1..=1023;
+        /// Gates the channels of the shape conv by a mean over tokens, through which a token feels what
+        /// lies beyond the convolutions.
+        gate: bool = true;
         /// Attention heads of a transformer bottleneck.
         heads: usize = 1, in 1..=1024;
         /// Probability of dropping a number inside it while training.
@@ -180,6 +183,7 @@ impl AutoPeft {
                 nonlinearity: options.activation,
                 ends: options.start,
                 kernel: options.kernel,
+                gate: options.gate,
                 heads: options.heads,
                 dropout: options.dropout,
                 ..Plan::new(spec.width, options.size, spec.width)

@@ -42,8 +42,10 @@ options! {
         train_head: bool = true;
         /// Also freezes a share of the norms; else all of them train.
         norms: bool = true;
-        /// Seed of the draw; the next run of a sequence takes another.
+        /// Seed of the draw.
         seed: u64 = 0;
+        /// Which run of a sequence this is, counted from 0: each draws another half.
+        stage: u64 = 0, in 0..=1_000_000_000;
     }
 }
 
@@ -133,7 +135,10 @@ impl Hft {
             });
         }
         let units = self.units(spec)?;
-        let mut random = Seed(o.seed).stream("hft", &[round]);
+        // The first run of a sequence draws as one alone does.
+        let numbers = [round, o.stage];
+        let numbers = if o.stage == 0 { &numbers[..1] } else { &numbers[..] };
+        let mut random = Seed(o.seed).stream("hft", numbers);
         let share = 1.0 - o.ratio;
         let mut frozen = BTreeSet::new();
         match o.level {

@@ -8,7 +8,7 @@ use retune_core::kernels::{Fastfood, fastfood, linear};
 use retune_core::method::{Card, Method, MethodPlan, PlannedParameter};
 use retune_core::parameters::{ParameterId, Parameters};
 use retune_core::random::Seed;
-use retune_core::spec::{ModelSpec, WeightSpec};
+use retune_core::spec::{Kind, ModelSpec, WeightSpec};
 use retune_core::targets::{Among, Targets};
 use retune_core::weights::Weights;
 use retune_core::{Error, Result};
@@ -32,6 +32,8 @@ options! {
         exclude: Vec<String> = Vec::new();
         /// Only these layers, counted from 0; empty means all.
         layers: Vec<usize> = Vec::new();
+        /// Moves the biases of targeted modules too.
+        biases: bool = false;
         /// Seed of the directions; they are made again from it wherever the result is used.
         seed: u64 = 0;
     }
@@ -116,7 +118,14 @@ impl Said {
             exclude: o.exclude.clone(),
             layers: o.layers.clone(),
         };
-        let chosen = targets.select(spec, Among::Linears, "method.said.targets")?;
+        let mut chosen = targets.select(spec, Among::Linears, "method.said.targets")?;
+        if o.biases {
+            let of_chosen = |bias: &&WeightSpec| {
+                bias.kind == Kind::Bias && chosen.iter().any(|w| w.module() == bias.module())
+            };
+            let biases: Vec<&WeightSpec> = spec.weights.iter().filter(of_chosen).collect();
+            chosen.extend(biases);
+        }
         let targeted = chosen.iter().map(|weight| weight.count()).sum();
         sparse::check_budget("method.said.dimension", o.dimension, targeted)?;
         let scales = if o.structure_aware { chosen.len() } else { 0 };
@@ -147,7 +156,7 @@ impl Method for Said {
     }
 
     fn examples(&self) -> &'static [&'static str] {
-        &["dimension = 60", "dimension = 20\nstructure_aware = false"]
+        &["dimension = 60", "dimension = 20\nstructure_aware = false\nbiases = true"]
     }
 
     fn plan(&self, spec: &ModelSpec) -> Result<MethodPlan> {

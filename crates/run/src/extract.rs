@@ -201,28 +201,33 @@ fn method(
     }
 }
 
-/// Refuses models that have not the same weights.
-fn check_same(tuned: &Opened, base: &Opened) -> Result<()> {
+/// Refuses models that have not the same weights, and names all that differ.
+pub(crate) fn check_same(tuned: &Opened, base: &Opened) -> Result<()> {
     let shapes = |opened: &Opened| -> BTreeMap<String, Vec<usize>> {
         let weights = &opened.checkpoint.model.spec().weights;
         weights.iter().map(|weight| (weight.name.clone(), weight.shape.clone())).collect()
     };
     let (after, before) = (shapes(tuned), shapes(base));
-    let other = before.iter().find(|(name, shape)| after.get(*name) != Some(shape));
-    let surplus = after.iter().find(|(name, _)| !before.contains_key(*name));
-    match other.or(surplus) {
-        None => Ok(()),
-        Some((name, _)) => Err(Error::Plan {
-            what: "the two models have different weights".to_owned(),
-            expected: format!("`{name}` {}", described(before.get(name))),
-            found: described(after.get(name)),
-            help: "give the base the model was tuned from; a resized vocabulary or another head \
-                   has to be put back first"
-                .to_owned(),
-        }),
+    let names: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
+    let other: Vec<&String> =
+        names.into_iter().filter(|name| after.get(*name) != before.get(*name)).collect();
+    if other.is_empty() {
+        return Ok(());
     }
+    let list = |shapes: &BTreeMap<String, Vec<usize>>| {
+        let one = |name: &&String| format!("`{name}` {}", described(shapes.get(*name)));
+        other.iter().map(one).collect::<Vec<_>>().join(", ")
+    };
+    Err(Error::Plan {
+        what: "the two models have different weights".to_owned(),
+        expected: list(&before),
+        found: list(&after),
+        help: "give the base the model was tuned from; a resized vocabulary or another head \
+               has to be put back first"
+            .to_owned(),
+    })
 }
 
 fn described(shape: Option<&Vec<usize>>) -> String {
-    shape.map_or_else(|| "in one of the two only".to_owned(), |shape| format!("of shape {shape:?}"))
+    shape.map_or_else(|| "nowhere".to_owned(), |shape| format!("of shape {shape:?}"))
 }

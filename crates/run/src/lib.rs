@@ -19,6 +19,7 @@ pub mod extract;
 pub mod folder;
 mod forecast;
 pub mod graft;
+pub mod half_reset;
 pub mod images;
 pub mod init;
 pub mod measure;

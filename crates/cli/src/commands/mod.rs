@@ -15,6 +15,7 @@ mod export;
 pub(crate) mod extract;
 mod generate;
 pub(crate) mod graft;
+pub(crate) mod half_reset;
 mod init;
 mod logits;
 mod merge;
@@ -60,6 +61,7 @@ pub(crate) fn dispatch(arguments: Arguments) -> Result<(), Failure> {
         Command::Decompress(arguments) => compress::decompress(&arguments, json),
         Command::Combine(arguments) => combine::combine(&arguments, json),
         Command::Extract(arguments) => extract::extract(&arguments, json),
+        Command::HalfReset(arguments) => half_reset::half_reset(&arguments, json),
         Command::Crash(command) => crash::run(&command, json),
         Command::Graft(command) => graft::run(&command, json),
         Command::Ship(arguments) => ship::ship(&arguments, json),

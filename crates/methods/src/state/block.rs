@@ -22,7 +22,8 @@ choice! {
     pub enum Shape {
         /// Nothing but the activation.
         Fc = "fc",
-        /// Dilated convolutions with residuals, and a gate over channels (squeeze-and-excitation).
+        /// Dilated convolutions with residuals, and a gate over channels (squeeze-and-excitation) unless
+        /// it is left out.
         Conv = "conv",
         /// The convolution module of a conformer: gated linear unit, depthwise convolution, norm.
         Conformer = "conformer",
@@ -89,6 +90,8 @@ pub struct Plan {
     pub norm: bool,
     /// Tokens a convolution sees.
     pub kernel: usize,
+    /// Whether channels behind convolutions are gated.
+    pub gate: bool,
     /// Attention heads of a transformer bottleneck.
     pub heads: usize,
     /// Probability of dropping a number of the bottleneck while learning.
@@ -112,6 +115,7 @@ impl Plan {
             ends: Ends::Lora,
             norm: false,
             kernel: 3,
+            gate: true,
             heads: 1,
             dropout: 0.0,
         }
@@ -180,11 +184,13 @@ impl Plan {
                     slots.push(slot(&format!("{part}.weight"), &[size, inputs], kaiming(inputs)));
                     slots.push(slot(&format!("{part}.bias"), &[size], constant(0.0)));
                 }
-                let few = size.div_ceil(4);
-                slots.push(slot("gate.down.weight", &[few, size], kaiming(size)));
-                slots.push(slot("gate.down.bias", &[few], constant(0.0)));
-                slots.push(slot("gate.up.weight", &[size, few], kaiming(few)));
-                slots.push(slot("gate.up.bias", &[size], constant(0.0)));
+                if self.gate {
+                    let few = size.div_ceil(4);
+                    slots.push(slot("gate.down.weight", &[few, size], kaiming(size)));
+                    slots.push(slot("gate.down.bias", &[few], constant(0.0)));
+                    slots.push(slot("gate.up.weight", &[size, few], kaiming(few)));
+                    slots.push(slot("gate.up.bias", &[size], constant(0.0)));
+                }
             }
             Shape::Conformer => {
                 norm("inner_norm");
@@ -289,6 +295,9 @@ impl Bottleneck {
             let (key, _) = self.find(&format!("{part}.weight"));
             let seen = neighbours(key, x.clone(), at, self.plan.kernel, dilation);
             x = x + activate(self.linear(&part, Tensor::cat(seen, 1), scope), Activation::Gelu);
+        }
+        if !self.plan.gate {
+            return x;
         }
         let (key, _) = self.find("gate.down.weight");
         let mean = mean(key, x.clone(), at);
@@ -419,7 +428,9 @@ mod tests {
         assert_eq!(count(&plan), 2 * d * b + b + d);
         let conv = Plan { shape: Shape::Conv, kernel: k, ..plan.clone() };
         let gate = 2 * b * b / 4 + b / 4 + b;
-        assert_eq!(count(&conv), 2 * d * b + b + d + 2 * (k * b * b + b) + gate);
+        let bare = 2 * d * b + b + d + 2 * (k * b * b + b);
+        assert_eq!(count(&conv), bare + gate);
+        assert_eq!(count(&Plan { gate: false, ..conv.clone() }), bare);
         let transformer = Plan { shape: Shape::Transformer, heads: 2, ..plan.clone() };
         assert_eq!(count(&transformer), 2 * d * b + b + d + 12 * b * b + 4 * b + 5 * b);
         let wide = Plan { size: 49, ..plan };

@@ -53,6 +53,27 @@ fn a_new_half_forgets_the_state_of_the_old_one() {
 }
 
 #[test]
+fn each_run_of_a_sequence_draws_another_half() {
+    let (model, _) = open();
+    let spec = model.spec();
+    let trained = |options: &str| -> Vec<String> {
+        let plan = method("hft", options).plan(spec).unwrap();
+        plan.parameters.into_iter().map(|p| p.name).collect()
+    };
+    let halves: Vec<Vec<String>> =
+        (0..4).map(|stage| trained(&format!("seed = 7\nstage = {stage}"))).collect();
+    assert_eq!(halves[0], trained("seed = 7"));
+    assert_eq!(halves[3], trained("seed = 7\nstage = 3"));
+    for later in 1..4 {
+        assert!(halves[..later].iter().all(|half| *half != halves[later]), "{later}");
+    }
+    // Over four runs nearly everything has its turn: each matrix stays frozen with 1 in 16.
+    let linears = || spec.linears().filter(|weight| weight.layer.is_some());
+    let turned = linears().filter(|w| halves.iter().any(|half| half.contains(&w.name)));
+    assert!(turned.count() > linears().count() * 3 / 4);
+}
+
+#[test]
 fn without_a_redraw_the_frozen_half_is_not_copied() {
     let (model, _) = open();
     let spec = model.spec();
