@@ -21,6 +21,7 @@ mod forecast;
 pub mod graft;
 pub mod images;
 pub mod init;
+pub mod intrinsic_dimension;
 pub mod measure;
 mod merged;
 pub mod open;
