@@ -117,7 +117,11 @@ impl Subject {
             let mut first = 1;
             if let Some(start) = spec.decoder_start() {
                 first = tokens.len() / 2;
-                tokens.iter_mut().take(first).filter(|token| **token == start).for_each(|t| *t += 1);
+                tokens
+                    .iter_mut()
+                    .take(first)
+                    .filter(|token| **token == start)
+                    .for_each(|t| *t += 1);
                 tokens.insert(first, start);
                 first += 1;
             }

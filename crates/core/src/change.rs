@@ -516,7 +516,9 @@ impl Changes {
 
     /// Returns the blocks that hold a change of states or attention.
     pub fn changed_layers(&self) -> impl Iterator<Item = usize> {
-        self.changed_sites().filter_map(Site::layer).chain(self.attention.keys().map(|(layer, _)| *layer))
+        self.changed_sites()
+            .filter_map(Site::layer)
+            .chain(self.attention.keys().map(|(layer, _)| *layer))
     }
 
     /// Returns the linear layers whose output is changed, sorted.

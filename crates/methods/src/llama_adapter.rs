@@ -90,7 +90,8 @@ impl StateMethod for LlamaAdapter {
                     spec.weights.iter().any(|weight| weight.role == role && kind(weight.kind))
                 };
                 spec.has_sides()
-                    || !has(Role::Key, |_| true) || has(Role::AttentionOutput, |kind| kind == Kind::Bias)
+                    || !has(Role::Key, |_| true)
+                    || has(Role::AttentionOutput, |kind| kind == Kind::Bias)
             },
         };
         Promises { refuses: Some(refusal), ..Promises::default() }

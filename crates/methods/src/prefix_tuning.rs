@@ -145,15 +145,14 @@ impl StateMethod for PrefixTuning {
         let (tokens, width) = (self.tokens, key_width(spec));
         for stack in self.stacks(spec)? {
             for (layer, place) in stack.blocks.iter().copied() {
-                let change: Box<dyn AttentionChange> =
-                    if form == Form::Saved || !self.projection {
-                        let parts = vec![made.id(stack.name)];
-                        let (counts, num_places) = (vec![tokens], stack.num_places);
-                        Box::new(Prefix { parts, counts, place, num_places, width })
-                    } else {
-                        let network = stack.network(place);
-                        Box::new(self.network(&network, width, |name| made.id(name)))
-                    };
+                let change: Box<dyn AttentionChange> = if form == Form::Saved || !self.projection {
+                    let parts = vec![made.id(stack.name)];
+                    let (counts, num_places) = (vec![tokens], stack.num_places);
+                    Box::new(Prefix { parts, counts, place, num_places, width })
+                } else {
+                    let network = stack.network(place);
+                    Box::new(self.network(&network, width, |name| made.id(name)))
+                };
                 changes.change_attention_of(layer, stack.sublayer, change);
             }
         }

@@ -11,7 +11,8 @@ type Parts = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 const LAYERS: &[(&str, &str)] = &[("adapter_down.0", "down"), ("adapter_up", "up")];
 
 /// What layers of this kind are made of; a plain one has weight and bias.
-const OWN: &[&str] = &["W", "W_left", "W_right", "phm_rule", "phm_rule_left", "phm_rule_right", "b"];
+const OWN: &[&str] =
+    &["W", "W_left", "W_right", "phm_rule", "phm_rule_left", "phm_rule_right", "b"];
 
 /// Returns the tensors with every layer that is a sum of Kronecker products as weight and bias.
 ///

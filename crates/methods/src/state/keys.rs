@@ -130,10 +130,7 @@ impl<'a> Keys<'a> {
             return Ok(());
         }
         Err(Error::Unsupported {
-            what: format!(
-                "an adapter for {count} stacks of blocks (`{STACKS}`) on {}",
-                spec.class
-            ),
+            what: format!("an adapter for {count} stacks of blocks (`{STACKS}`) on {}", spec.class),
             help: format!("use one that is for {expected}"),
         })
     }
