@@ -10,7 +10,7 @@ use crate::contest::{Arm, Reached, Results, Rows};
 use crate::encoder::{Encoder, Sizes};
 use crate::lab::{Lab, Pace};
 use crate::mlp::Inputs;
-use crate::{Claim, Clock, Proof, Result, side_by_side};
+use crate::{Claim, Clock, Proof, Prove, Result, side_by_side};
 
 /// The claim.
 pub(crate) const CLAIM: Claim = Claim {
@@ -30,7 +30,7 @@ pub(crate) const CLAIM: Claim = Claim {
           (prompts 1e-2, the others 5e-3; full tuning 1e-3); probe and BitFit take the better of two \
           on 120 clips. Measured on 400; five seeds.",
     quick: false,
-    prove,
+    prove: Prove::Alone(prove),
 };
 
 const NUM_SEEDS: u64 = 5;

@@ -16,7 +16,7 @@ use tensor::Tensor;
 
 use crate::chains;
 use crate::lab::{Lab, Pace, method};
-use crate::{Claim, Clock, Proof, Result, each, mean, side_by_side};
+use crate::{Claim, Clock, Proof, Prove, Result, each, mean, side_by_side};
 
 /// The claim.
 pub(crate) const CLAIM: Claim = Claim {
@@ -38,7 +38,7 @@ pub(crate) const CLAIM: Claim = Claim {
           maps by fully connected adapters of width 16 in one layer or all (300 steps of 8 at 3e-3); \
           a step's time is that of 20 of 16 chains, the least of five rounds.",
     quick: false,
-    prove,
+    prove: Prove::Alone(prove),
 };
 
 const NUM_SEEDS: u64 = 3;

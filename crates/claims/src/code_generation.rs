@@ -17,7 +17,7 @@ use serde_json::json;
 
 use crate::lab::{Lab, Pace, Values, method};
 use crate::snippets::{END, Language, Pair, Writer};
-use crate::{Claim, Clock, Proof, Result, each, mean, side_by_side};
+use crate::{Claim, Clock, Proof, Prove, Result, each, mean, side_by_side};
 
 /// The claim.
 pub(crate) const CLAIM: Claim = Claim {
@@ -38,7 +38,7 @@ pub(crate) const CLAIM: Claim = Claim {
           of 20; few-shot prompts put random training pairs before the description, five draws. \
           Greedy decoding; three seeds of the task on one base. The 4-bit base is in blocks of Q4_0.",
     quick: false,
-    prove,
+    prove: Prove::Alone(prove),
 };
 
 const NUM_SEEDS: u64 = 3;

@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::chains::{self, WIDTH};
 use crate::families::gap;
 use crate::lab::{Pace, method};
-use crate::{Claim, Clock, Proof, Result, each, mean, prefix_identity, side_by_side};
+use crate::{Claim, Clock, Proof, Prove, Result, each, mean, prefix_identity, side_by_side};
 
 /// The claim.
 pub(crate) const CLAIM: Claim = Claim {
@@ -32,7 +32,7 @@ pub(crate) const CLAIM: Claim = Claim {
           values train (3.7 %), and with one key or a bottleneck of one a tenth of that. All \
           bottlenecks begin with an upper matrix of zeros, so that forms differ in nothing else.",
     quick: false,
-    prove,
+    prove: Prove::Alone(prove),
 };
 
 const NUM_SEEDS: u64 = 5;

@@ -12,7 +12,7 @@ use crate::encoder::{Encoder, Sizes};
 use crate::lab::{Lab, Pace, Values, method};
 use crate::regression::{self, Regression};
 use crate::sentences::{VOCABULARY, WORDS, document, pretrained, sentence};
-use crate::{Claim, Clock, Proof, Result, each, mean, side_by_side};
+use crate::{Claim, Clock, Proof, Prove, Result, each, mean, side_by_side};
 
 /// The claim.
 pub(crate) const CLAIM: Claim = Claim {
@@ -30,7 +30,7 @@ pub(crate) const CLAIM: Claim = Claim {
           entries in random 256 x 256 matrices, and linear regression 64 x 64 whose truth is rank 2 \
           with 20 entries of 1.5 (2500 steps of 64 at 1e-2, noise 0.05, two seeds).",
     quick: false,
-    prove,
+    prove: Prove::Alone(prove),
 };
 
 const NUM_SEEDS: u64 = 5;

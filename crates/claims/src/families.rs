@@ -9,7 +9,7 @@ use retune_methods::adapter::Adapter;
 use crate::contest::{Arm, Results};
 use crate::lab::{Pace, method};
 use crate::rotated::{SAME, rotated};
-use crate::{Claim, Clock, Proof, Result, side_by_side};
+use crate::{Claim, Clock, Proof, Prove, Result, side_by_side};
 
 /// The claim.
 pub(crate) const CLAIM: Claim = Claim {
@@ -26,7 +26,7 @@ pub(crate) const CLAIM: Claim = Claim {
           three rates on 150 others, measured on the 447 left; three seeds. Starts, merges after 30 \
           steps, files, and the time of a step (the least of five rounds) on one seed more.",
     quick: false,
-    prove,
+    prove: Prove::Alone(prove),
 };
 
 const NUM_SEEDS: u64 = 3;

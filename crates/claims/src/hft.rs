@@ -10,7 +10,7 @@ use crate::encoder::{Encoder, Sizes};
 use crate::lab::{Lab, Pace, Values, method};
 use crate::mlp::Inputs;
 use crate::pictures::{DIGITS, Pictures, SIDE};
-use crate::{Claim, Clock, Proof, Result, each, mean, side_by_side};
+use crate::{Claim, Clock, Proof, Prove, Result, each, mean, side_by_side};
 
 /// The claim.
 pub(crate) const CLAIM: Claim = Claim {
@@ -27,7 +27,7 @@ pub(crate) const CLAIM: Claim = Claim {
           left; five seeds. Half-reset puts back the base's values in the half that HFT would have \
           frozen.",
     quick: false,
-    prove,
+    prove: Prove::Alone(prove),
 };
 
 const NUM_SEEDS: u64 = 5;

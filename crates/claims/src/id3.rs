@@ -12,7 +12,7 @@ use crate::encoder::{Encoder, Sizes};
 use crate::lab::{Lab, Pace, Values, method};
 use crate::mlp::Inputs;
 use crate::pictures::{DIGITS, Pictures, SIDE};
-use crate::{Claim, Clock, Proof, Result, each, mean, side_by_side};
+use crate::{Claim, Clock, Proof, Prove, Result, each, mean, side_by_side};
 
 /// The claim.
 pub(crate) const CLAIM: Claim = Claim {
@@ -29,7 +29,7 @@ pub(crate) const CLAIM: Claim = Claim {
           then 15 passes with a budget of 800, new accuracy on the 597 left, four seeds. PaFI is \
           `sara` without its penalty and switch: the smallest weights.",
     quick: false,
-    prove,
+    prove: Prove::Alone(prove),
 };
 
 const NUM_SEEDS: u64 = 4;

@@ -1,6 +1,6 @@
 //! Where proofs are made: a small model with its weights and data, training, accuracy.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use retune_core::batch::{Batch, Document};
@@ -24,17 +24,18 @@ use crate::{Clock, Error, Result};
 /// Weights by name, in their logical shape.
 pub(crate) type Values = BTreeMap<String, Vec<f32>>;
 
-/// Weights held in memory.
+/// Weights held in memory, in place of those of a model that lies elsewhere.
 #[derive(Debug)]
 pub(crate) struct Held {
     spec: Arc<ModelSpec>,
     values: Values,
+    under: Option<Arc<dyn WeightSource>>,
 }
 
 impl Held {
     /// Joins weights with the model they are for.
     pub(crate) fn new(spec: &Arc<ModelSpec>, values: Values) -> Self {
-        Self { spec: Arc::clone(spec), values }
+        Self { spec: Arc::clone(spec), values, under: None }
     }
 
     /// Draws weights: matrices from `N(0, 2 / inputs)` (He et al., 2015), gains 1, biases 0.
@@ -76,7 +77,9 @@ impl Held {
 
 impl WeightSource for Held {
     fn names(&self) -> Vec<String> {
-        self.values.keys().cloned().collect()
+        let under = self.under.iter().flat_map(|under| under.names());
+        let all: BTreeSet<String> = self.values.keys().cloned().chain(under).collect();
+        all.into_iter().collect()
     }
 
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
@@ -84,6 +87,9 @@ impl WeightSource for Held {
     }
 
     fn read(&self, name: &str) -> retune_core::Result<Stored> {
+        if let (None, Some(under)) = (self.values.get(name), &self.under) {
+            return under.read(name);
+        }
         let found = self.values.get(name).cloned().map(Stored::Values);
         found.ok_or_else(|| retune_core::Error::MissingWeight {
             name: name.to_owned(),
@@ -173,6 +179,8 @@ pub(crate) struct Lab {
     /// What each token of each document should predict, where that is not the next one.
     targets: Option<Vec<Vec<Option<u32>>>>,
     values: Values,
+    /// Where weights lie that `values` does not have.
+    under: Option<Arc<dyn WeightSource>>,
     packing: Packing,
 }
 
@@ -185,7 +193,18 @@ impl Lab {
     /// Makes a lab of a model that is shared already, as the program's own are.
     pub(crate) fn of(model: Arc<dyn Model>, documents: Vec<Document>, seed: Seed) -> Self {
         let values = Held::draw(model.spec(), seed);
-        Self { model, documents, targets: None, values, packing: Packing::default() }
+        let packing = Packing::default();
+        Self { model, documents, targets: None, values, under: None, packing }
+    }
+
+    /// Makes a lab of a pretrained model, whose weights are read where they lie.
+    pub(crate) fn on(
+        model: Arc<dyn Model>,
+        source: Arc<dyn WeightSource>,
+        documents: Vec<Document>,
+    ) -> Self {
+        let (values, packing) = (Values::new(), Packing::default());
+        Self { model, documents, targets: None, values, under: Some(source), packing }
     }
 
     /// Keeps frozen matrices in another form.
@@ -218,7 +237,7 @@ impl Lab {
         Self::new(model, documents, seed)
     }
 
-    /// Returns the weights.
+    /// Returns the weights, those of a pretrained model left out.
     pub(crate) fn values(&self) -> &Values {
         &self.values
     }
@@ -251,7 +270,9 @@ impl Lab {
     /// If they do not fit the model.
     pub(crate) fn weights(&self) -> Result<Weights> {
         let spec = self.model.spec();
-        let source = Arc::new(Held::new(spec, self.values.clone()));
+        let mut source = Held::new(spec, self.values.clone());
+        source.under.clone_from(&self.under);
+        let source = Arc::new(source);
         Ok(Weights::new(source, Arc::clone(spec), self.packing, &Device::flex())?)
     }
 

@@ -16,6 +16,7 @@ mod compeft;
 mod configurations;
 mod contest;
 mod crash;
+mod crash_language;
 mod critical_review;
 mod dept;
 mod design_table;
@@ -24,9 +25,11 @@ mod encoder;
 mod error;
 mod families;
 mod grafting;
+mod grafting_language;
 mod hft;
 mod id3;
 mod lab;
+mod language;
 mod locft;
 mod lt_sft;
 mod mask_tuning;
@@ -44,6 +47,7 @@ mod said;
 mod sara;
 mod search;
 mod sentences;
+mod shipping;
 mod snippets;
 mod spiel;
 mod ssf;
@@ -52,6 +56,7 @@ mod survey;
 pub use configurations::table as configurations;
 pub use error::{Error, Result};
 pub use page::page;
+use retune_run::open::Located;
 
 /// One claim of one paper.
 #[derive(Debug, Clone, Copy)]
@@ -69,7 +74,16 @@ pub struct Claim {
     /// Whether it takes seconds.
     pub quick: bool,
     /// Runs it.
-    pub prove: fn(Clock) -> Result<Proof>,
+    pub prove: Prove,
+}
+
+/// How a claim is proved.
+#[derive(Debug, Clone, Copy)]
+pub enum Prove {
+    /// On models the proof makes itself.
+    Alone(fn(Clock) -> Result<Proof>),
+    /// On the pretrained model of this name.
+    On(&'static str, fn(&Located) -> Result<Proof>),
 }
 
 /// Gives the seconds since some moment, for proofs that measure how long something takes.
@@ -109,7 +123,7 @@ impl Proof {
     }
 }
 
-/// All claims, by number.
+/// All claims, by number; what was tried on two kinds of model is two of them.
 pub const CLAIMS: &[Claim] = &[
     configurations::CLAIM,
     hft::CLAIM,
@@ -121,13 +135,16 @@ pub const CLAIMS: &[Claim] = &[
     ast_petl::CLAIM,
     survey::CLAIM,
     grafting::CLAIM,
+    grafting_language::CLAIM,
     spiel::CLAIM,
+    shipping::CLAIM,
     bottleneck_shapes::CLAIM,
     dsee::CLAIM,
     design_table::CLAIM,
     critical_review::CLAIM,
     said::CLAIM,
     crash::CLAIM,
+    crash_language::CLAIM,
     ssf::CLAIM,
     mask_tuning::CLAIM,
     compeft::CLAIM,
@@ -170,7 +187,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_sorted_and_unique() {
-        assert!(CLAIMS.windows(2).all(|pair| pair[0].number < pair[1].number));
+    fn numbers_are_sorted_and_titles_unique() {
+        let key = |claim: &Claim| (claim.number, claim.name);
+        assert!(CLAIMS.windows(2).all(|pair| key(&pair[0]) < key(&pair[1])));
     }
 }

@@ -12,7 +12,7 @@ use serde_json::Value;
 use tensor::{Tensor, activation};
 
 use crate::lab::{Held, Lab, Pace, Values, method};
-use crate::{Claim, Clock, Proof, Result, each, mean, side_by_side};
+use crate::{Claim, Clock, Proof, Prove, Result, each, mean, side_by_side};
 
 /// The claim.
 pub(crate) const CLAIM: Claim = Claim {
@@ -29,7 +29,7 @@ pub(crate) const CLAIM: Claim = Claim {
           passes, or 25 steps for each edit or batch, each with a new Adam; a batch whose loss is \
           below 0.01 moves nothing. Three seeds.",
     quick: false,
-    prove,
+    prove: Prove::Alone(prove),
 };
 
 const NUM_SEEDS: u64 = 3;

@@ -7,7 +7,7 @@ use retune_core::random::Seed;
 use crate::lab::{Lab, Pace, method};
 use crate::mlp::Mlp;
 use crate::pictures::{DIGITS, PIXELS, Pictures};
-use crate::{Claim, Clock, Proof, Result, each, mean, side_by_side};
+use crate::{Claim, Clock, Proof, Prove, Result, each, mean, side_by_side};
 
 /// The claim.
 pub(crate) const CLAIM: Claim = Claim {
@@ -24,7 +24,7 @@ pub(crate) const CLAIM: Claim = Claim {
           of 32, Adam, cosine; two rates, without and with gradient dropout (0.3); measured on 737 \
           others, five seeds.",
     quick: false,
-    prove,
+    prove: Prove::Alone(prove),
 };
 
 const NUM_SEEDS: u64 = 5;

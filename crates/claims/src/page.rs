@@ -16,7 +16,7 @@ pub fn page(old: &str, claim: &Claim, proof: &Proof) -> String {
     let mut rows = String::new();
     for known in CLAIMS {
         let title = title(known);
-        let body = if known.number == claim.number {
+        let body = if title == self::title(claim) {
             Some(section(known, proof))
         } else {
             kept(old, &title)

@@ -18,7 +18,7 @@ use serde_json::Value;
 use crate::lab::{Lab, Pace, Values, method};
 use crate::mlp::Mlp;
 use crate::pictures::{DIGITS, PIXELS, Pictures};
-use crate::{Claim, Clock, Proof, Result, each, mean, side_by_side};
+use crate::{Claim, Clock, Proof, Prove, Result, each, mean, side_by_side};
 
 /// The claim.
 pub(crate) const CLAIM: Claim = Claim {
@@ -33,7 +33,7 @@ pub(crate) const CLAIM: Claim = Claim {
           of SaRA without penalty and of full tuning whose gradients are masked to the same entries; \
           and 120 steps of SaRA with its penalty at 0 and at 5e-3. Three seeds.",
     quick: false,
-    prove,
+    prove: Prove::Alone(prove),
 };
 
 const NUM_SEEDS: u64 = 3;

@@ -50,6 +50,19 @@ pub(crate) enum Command {
         #[arg(long)]
         metric: Option<String>,
     },
+    /// Finds the fewest random directions that do what tuning the whole model does (d90).
+    ///
+    /// Tunes the whole model, then along more and more directions (SAID) until one number of them
+    /// reaches 90 % of its score, then along numbers between. Each run has a process of its own; called
+    /// again, it keeps the runs that are finished. The recipe needs data that are scored.
+    IntrinsicDimension {
+        /// The recipe; `[method.full]` and `[method.said]` in it count.
+        #[command(flatten)]
+        recipe: RecipeArguments,
+        /// What is searched.
+        #[command(flatten)]
+        probe: Probe,
+    },
     /// Runs small-scale proofs of what the papers claim, and writes down what holds.
     ///
     /// Every proof is whole in itself: it makes its data from a seed and takes at most ten minutes
@@ -291,4 +304,36 @@ pub(crate) struct ModelArguments {
     /// Uses an adapter of another base.
     #[arg(long)]
     pub(crate) force: bool,
+}
+
+/// Which dimensions are tried, and what counts as reached.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Probe {
+    /// Share of full tuning's score to reach.
+    #[arg(long, default_value_t = 0.9)]
+    pub(crate) share: f64,
+    /// The first number of directions; it is doubled from there.
+    #[arg(long, default_value_t = 10)]
+    pub(crate) from: usize,
+    /// The last number of directions.
+    #[arg(long, default_value_t = 10_000)]
+    pub(crate) to: usize,
+    /// How far apart, as a factor, the answer and the next fewer directions tried may be.
+    #[arg(long, default_value_t = 1.25)]
+    pub(crate) precision: f64,
+    /// Learning rates of the directions, with commas between; the best counts.
+    #[arg(long, value_delimiter = ',', default_value = "0.03,0.1")]
+    pub(crate) rates: Vec<f64>,
+    /// Learning rates of full tuning, with commas between; the recipe's own where absent.
+    #[arg(long, value_delimiter = ',')]
+    pub(crate) full_rates: Vec<f64>,
+    /// Runs of each: with the recipe's seed, the next one, and so on; their mean counts.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    pub(crate) seeds: u64,
+    /// The score; the recipe's own where absent.
+    #[arg(long)]
+    pub(crate) metric: Option<String>,
+    /// Moves all weights alike (DID), without a scale of its own for each.
+    #[arg(long)]
+    pub(crate) direct: bool,
 }

@@ -73,6 +73,22 @@ fn all_mistakes_of_a_plan_are_shown_with_their_lines() {
 }
 
 #[test]
+fn a_gguf_file_is_told_from_a_damaged_one() {
+    let home = tempfile::tempdir().unwrap();
+    let (plan, model) = (home.path().join("plan.yml"), home.path().join("model.gguf"));
+    std::fs::write(&model, b"GGUF").unwrap();
+    let text = format!("merge_method: passthrough\nmodels:\n- model: {}\n", model.display());
+    std::fs::write(&plan, text).unwrap();
+    let target = home.path().join("out");
+    let out = retune(&["merge", plan.to_str().unwrap(), target.to_str().unwrap()], home.path());
+    let message = String::from_utf8(out.stderr).unwrap();
+    assert_eq!(out.status.code(), Some(1), "{message}");
+    let way = format!("retune export --model {} --format hf", model.display());
+    assert!(message.contains("found a GGUF file") && message.contains(&way), "{message}");
+    assert!(!target.exists());
+}
+
+#[test]
 fn a_model_that_is_nowhere_is_named() {
     let home = tempfile::tempdir().unwrap();
     let plan = home.path().join("plan.yml");

@@ -285,6 +285,43 @@ fn an_encoder_decoder_learns_and_answers() {
 }
 
 #[test]
+fn the_fewest_directions_that_do_are_searched() {
+    let folder = tempfile::tempdir().unwrap();
+    recipe(folder.path(), "");
+    let search = |extra: &[&str]| {
+        let common = ["intrinsic-dimension", "small.toml", "--rates", "0.05", "--from", "40"];
+        retune(folder.path(), &[&common, extra].concat())
+    };
+    let out = search(&["--share", "0.01", "--to", "100"]);
+    assert!(out.status.success(), "{}{}", text(&out.stdout), text(&out.stderr));
+    let found = folder.path().join("runs/small-intrinsic-dimension");
+    let report = std::fs::read_to_string(found.join("report.json")).unwrap();
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    let tried = |place: usize| &report["trials"][place];
+    assert_eq!(tried(0)["trained"], "full");
+    assert_eq!(tried(1)["trained"]["dimension"], 40);
+    assert_eq!(tried(1)["num_trained"], 40);
+    assert!(report["full"].as_f64().unwrap() > 0.0, "{report}");
+    let page = std::fs::read_to_string(found.join("report.md")).unwrap();
+    assert!(page.contains("| full |") && page.contains("| 40 | 0.05 |"), "{page}");
+    let picture = std::fs::read_to_string(found.join("intrinsic-dimension.svg")).unwrap();
+    assert!(picture.contains(">full tuning<"));
+    assert!(text(&out.stdout).contains("share of full"), "{}", text(&out.stdout));
+
+    // What is finished is kept.
+    let kept = found.join("said-d40-rate0.05-seed42-1/report.json");
+    let before = std::fs::metadata(&kept).unwrap().modified().unwrap();
+    assert!(search(&["--share", "0.01", "--to", "100"]).status.success());
+    assert_eq!(std::fs::metadata(&kept).unwrap().modified().unwrap(), before);
+
+    let wrong = search(&["--share", "2"]);
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(text(&wrong.stderr).contains("--share"), "{}", text(&wrong.stderr));
+    let by_loss = search(&["--metric", "loss"]);
+    assert!(text(&by_loss.stderr).contains("less of it is better"), "{}", text(&by_loss.stderr));
+}
+
+#[test]
 fn methods_are_compared_and_one_that_fails_stops_nothing() {
     let folder = tempfile::tempdir().unwrap();
     recipe(folder.path(), "");

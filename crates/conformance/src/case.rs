@@ -128,6 +128,26 @@ impl<'a> Case<'a> {
         self.method.promises().refuses(self.subject.spec())
     }
 
+    /// Returns whether the method's modules look across tokens, which only some options of it do, on a
+    /// model of encoder and decoder: the first pass refuses them there.
+    ///
+    /// # Errors
+    /// Those of the method; that the pass takes them after all.
+    pub fn is_refused_by_pass(&self) -> Result<bool, Failed> {
+        if self.subject.spec().decoder_start().is_none() {
+            return Ok(false);
+        }
+        let attached = self.attach()?;
+        if !attached.changes.reads_states_across() {
+            return Ok(false);
+        }
+        match self.outputs(&attached, &self.subject.batch("refused")?) {
+            Ok(_) => Err(Failed("the pass takes a module that looks across tokens".to_owned())),
+            Err(Failed(why)) if why.contains("across tokens") => Ok(true),
+            Err(other) => Err(other),
+        }
+    }
+
     /// Attaches the method to a fresh base.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ use retune_core::spec::{Head, ModelSpec};
 use retune_core::weights::{Packing, Stored, WeightSource, Weights};
 use retune_files::ggml::BlockType;
 use retune_models::config::Config;
-use retune_testkit::tiny::{MemorySource, configs, image_configs};
+use retune_testkit::tiny::{MemorySource, configs, image_configs, sided_configs};
 use serde_json::Value;
 use tensor::Device;
 
@@ -32,8 +32,9 @@ pub struct Subject {
 }
 
 /// Shapes that differ in what methods trip over: an untied head, a tied head with offset norms and
-/// short windows, transposed weights with biases, an encoder with classes, one of pictures, two towers.
-const KINDS: &[&str] = &["llama", "gemma3", "gpt2", "bert classes", "vit classes", "clip"];
+/// short windows, transposed weights with biases, an encoder with classes, one of pictures, two towers,
+/// an encoder with a decoder.
+const KINDS: &[&str] = &["llama", "gemma3", "gpt2", "bert classes", "vit classes", "clip", "t5"];
 
 /// Makes the models every method is tried on.
 ///
@@ -44,7 +45,7 @@ pub fn subjects() -> Result<Vec<Subject>, Failed> {
 }
 
 fn config(name: &str) -> Result<Value, Failed> {
-    let all = configs().into_iter().chain(image_configs());
+    let all = configs().into_iter().chain(image_configs()).chain(sided_configs());
     let found = all.into_iter().find(|(known, _)| *known == name);
     found.map(|(_, config)| config).ok_or_else(|| Failed(format!("no tiny model `{name}`")))
 }
@@ -112,7 +113,20 @@ impl Subject {
                 // The last token of the vocabulary is the end token.
                 tokens.push(spec.vocabulary as u32 - 1);
             }
-            let learn = (0..tokens.len()).map(|place| place > 0 && pixels.is_empty()).collect();
+            // The first token that is learned; an encoder's side and the start token are not.
+            let mut first = 1;
+            if let Some(start) = spec.decoder_start() {
+                first = tokens.len() / 2;
+                tokens
+                    .iter_mut()
+                    .take(first)
+                    .filter(|token| **token == start)
+                    .for_each(|t| *t += 1);
+                tokens.insert(first, start);
+                first += 1;
+            }
+            let learn =
+                (0..tokens.len()).map(|place| place >= first && pixels.is_empty()).collect();
             Document {
                 pixels,
                 tokens,

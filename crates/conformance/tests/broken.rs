@@ -85,7 +85,7 @@ fn plugin<const FLAW: u8>() -> Plugin {
 
 fn chosen(spec: &ModelSpec) -> impl Iterator<Item = &WeightSpec> {
     spec.linears().filter(|weight| {
-        ["up_proj", "c_fc", "intermediate.dense", "fc1"]
+        ["up_proj", "c_fc", "intermediate.dense", "fc1", "wi", "wi_0"]
             .iter()
             .any(|end| weight.module().ends_with(end))
     })

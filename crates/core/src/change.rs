@@ -10,10 +10,10 @@ use crate::error::Result;
 use crate::history::History;
 use crate::parameters::{ParameterId, Parameters};
 use crate::random::Seed;
-use crate::site::Site;
+use crate::site::{Site, Sublayer};
 use crate::weights::Weights;
 use retune_kernels::matrix::PackedMatrix;
-use retune_kernels::{AttentionOptions, Spans};
+use retune_kernels::{self as kernels, AttentionOptions, Spans};
 use tensor::{Tensor, TensorData};
 
 /// Whether a pass learns.
@@ -29,6 +29,10 @@ pub enum Mode {
         pass: u64,
     },
 }
+
+/// Elements of a dropout's mask that one stream draws, so that threads share the work and masks do
+/// not depend on their number.
+const DRAWN_TOGETHER: usize = 1 << 14;
 
 /// What a change may look at while it is applied: its parameters, the mode and randomness.
 #[derive(Debug)]
@@ -112,13 +116,16 @@ impl<'a> Scope<'a> {
             return x;
         }
         self.draws += 1;
-        let mut random = seed.stream("dropout", &[pass, self.draws]);
-        let kept = (1.0 / (1.0 - rate)) as f32;
-        let shape = x.shape();
-        let mask: Vec<f32> = (0..shape.num_elements())
-            .map(|_| if random.uniform() < rate { 0.0 } else { kept })
-            .collect();
-        x.clone() * Tensor::from_data(TensorData::new(mask, shape), self.parameters.device())
+        let (draws, count) = (self.draws, x.shape().num_elements());
+        let mut mask: Arc<[u8]> = std::iter::repeat_n(0, count).collect();
+        if let Some(mask) = Arc::get_mut(&mut mask) {
+            let parts = mask.chunks_mut(DRAWN_TOGETHER).enumerate();
+            kernels::each(parts, |(part, mask)| {
+                let mut random = seed.stream("dropout", &[pass, draws, part as u64]);
+                mask.fill_with(|| u8::from(random.uniform() >= rate));
+            });
+        }
+        kernels::dropout(x, mask, (1.0 / (1.0 - rate)) as f32)
     }
 }
 
@@ -268,6 +275,8 @@ pub struct InputView<'a> {
     pub tasks: Option<&'a [usize]>,
     /// Position of each token in its document, virtual tokens not counted, `[tokens]`.
     pub positions: &'a [usize],
+    /// Whether each token is the encoder's, `[tokens]`, in a model that has one beside a decoder.
+    pub encoder: Option<&'a [bool]>,
 }
 
 /// A change of the embeddings before positions are added to them: virtual tokens, or offsets.
@@ -293,6 +302,15 @@ pub trait InputChange: Debug + Send + Sync {
         None
     }
 
+    /// Returns what the virtual tokens of a text should predict and how much it weighs, where the
+    /// method learns from its own prompt too.
+    ///
+    /// # Shapes
+    /// - returns: one for each virtual token, or nothing at all
+    fn virtual_targets(&self) -> Vec<Option<(u32, f32)>> {
+        Vec::new()
+    }
+
     /// Computes the changed embeddings of the tokens themselves.
     ///
     /// # Shapes
@@ -303,7 +321,7 @@ pub trait InputChange: Debug + Send + Sync {
     }
 }
 
-/// A change of one block's self-attention.
+/// A change of one block's attention.
 pub trait AttentionChange: Debug + Send + Sync {
     /// Returns the parameters and buffers this change uses.
     fn parameters(&self) -> Vec<ParameterId>;
@@ -350,7 +368,7 @@ pub struct Changes {
     states: BTreeMap<Site, Vec<Box<dyn StateChange>>>,
     outputs: BTreeMap<String, Vec<Box<dyn StateChange>>>,
     inputs: Vec<Box<dyn InputChange>>,
-    attention: BTreeMap<usize, Vec<Box<dyn AttentionChange>>>,
+    attention: BTreeMap<(usize, Sublayer), Vec<Box<dyn AttentionChange>>>,
     read_layers: BTreeSet<usize>,
     num_tasks: Option<usize>,
 }
@@ -380,7 +398,17 @@ impl Changes {
 
     /// Adds a change of a block's self-attention.
     pub fn change_attention(&mut self, layer: usize, change: impl AttentionChange + 'static) {
-        self.attention.entry(layer).or_default().push(Box::new(change));
+        self.change_attention_of(layer, Sublayer::Attention, Box::new(change));
+    }
+
+    /// Adds a change of a block's attention, over its own tokens or over the encoder's.
+    pub fn change_attention_of(
+        &mut self,
+        layer: usize,
+        sublayer: Sublayer,
+        change: Box<dyn AttentionChange>,
+    ) {
+        self.attention.entry((layer, sublayer)).or_default().push(change);
     }
 
     /// Adds all changes of `other` behind these.
@@ -431,14 +459,24 @@ impl Changes {
         &self.inputs
     }
 
-    /// Returns the changes of a block's self-attention.
-    pub fn of_attention(&self, layer: usize) -> &[Box<dyn AttentionChange>] {
-        self.attention.get(&layer).map_or(&[], Vec::as_slice)
+    /// Returns the changes of a block's attention, over its own tokens or over the encoder's.
+    pub fn of_attention(&self, layer: usize, sublayer: Sublayer) -> &[Box<dyn AttentionChange>] {
+        self.attention.get(&(layer, sublayer)).map_or(&[], Vec::as_slice)
     }
 
     /// Returns how many virtual tokens stand before each document.
     pub fn num_virtual(&self) -> usize {
         self.inputs.iter().map(|change| change.num_virtual()).sum()
+    }
+
+    /// Returns what the virtual tokens before each document should predict, and how much it weighs.
+    pub fn virtual_targets(&self) -> Vec<Option<(u32, f32)>> {
+        let of = |change: &Box<dyn InputChange>| {
+            let mut targets = change.virtual_targets();
+            targets.resize(change.num_virtual(), None);
+            targets
+        };
+        self.inputs.iter().flat_map(of).collect()
     }
 
     /// Returns how many positions of the model are taken before each document's first token.
@@ -470,19 +508,24 @@ impl Changes {
         sites.find(|(site, list)| list.iter().any(|c| far(**site, &**c))).map(|(site, _)| *site)
     }
 
-    /// Returns whether a change adds tokens or looks at attention or at documents across tokens:
-    /// such a change knows one text per document only.
+    /// Returns whether a change adds tokens or looks at attention, or at documents across tokens:
+    /// such a change knows one stack of blocks only.
     pub fn reads_documents(&self) -> bool {
+        !self.inputs.is_empty() || !self.attention.is_empty() || self.reads_states_across()
+    }
+
+    /// Returns whether a change of states looks at other tokens or at other blocks: such a change
+    /// knows one text per document only.
+    pub fn reads_states_across(&self) -> bool {
         let of_text = self.states.values().chain(self.outputs.values()).flatten();
-        !self.inputs.is_empty()
-            || !self.attention.is_empty()
-            || !self.read_layers.is_empty()
-            || of_text.into_iter().any(|change| change.reads_documents())
+        !self.read_layers.is_empty() || of_text.into_iter().any(|change| change.reads_documents())
     }
 
     /// Returns the blocks that hold a change of states or attention.
     pub fn changed_layers(&self) -> impl Iterator<Item = usize> {
-        self.changed_sites().filter_map(Site::layer).chain(self.attention.keys().copied())
+        self.changed_sites()
+            .filter_map(Site::layer)
+            .chain(self.attention.keys().map(|(layer, _)| *layer))
     }
 
     /// Returns the linear layers whose output is changed, sorted.
@@ -504,7 +547,7 @@ impl Changes {
                 count => format!("a prompt of {count} virtual tokens, which are input"),
             });
         }
-        let (layer, _) = self.attention.first_key_value()?;
+        let ((layer, _), _) = self.attention.first_key_value()?;
         Some(format!("what attention of layer {layer} sees beside the text"))
     }
 
@@ -539,7 +582,8 @@ impl Changes {
         let base = match changes.get(first) {
             Some(change) if change.replaces_base() => {
                 let shape = weights.describe(name)?.matrix();
-                Tensor::zeros(shape, weights.device())
+                // A view of one number: nobody reads it.
+                Tensor::<2>::zeros([1, 1], weights.device()).expand(shape)
             }
             _ => weights.dense(name)?,
         };

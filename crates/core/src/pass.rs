@@ -108,14 +108,18 @@ impl<'a> Pass<'a> {
     ) -> Result<Self> {
         batch.check(weights.spec(), changes.num_positions())?;
         let spec = weights.spec();
-        if (spec.has_sides() && changes.reads_documents())
-            || (spec.image().is_some() && !changes.of_input().is_empty())
-        {
+        let refused = match spec.decoder_start() {
+            Some(_) if changes.reads_states_across() => Some("changes across tokens or layers"),
+            None if (spec.has_sides() && changes.reads_documents())
+                || (spec.image().is_some() && !changes.of_input().is_empty()) =>
+            {
+                Some("virtual tokens, prefixes or changes across layers")
+            }
+            _ => None,
+        };
+        if let Some(refused) = refused {
             return Err(Error::Unsupported {
-                what: format!(
-                    "virtual tokens, prefixes or changes across layers on {}",
-                    weights.spec().class
-                ),
+                what: format!("{refused} on {}", spec.class),
                 help: "on this model use a method that changes weights or states of single \
                        tokens, e.g. lora or ia3"
                     .to_owned(),
@@ -403,18 +407,37 @@ impl<'a> Pass<'a> {
         Ok(self.lay_virtual(x))
     }
 
+    /// Looks up the batch's tokens as [`Pass::embed_words`] does, in a model that has an encoder
+    /// beside its decoder; virtual tokens are the encoder's.
+    ///
+    /// # Shapes
+    /// - `encoder`: whether each token is the encoder's, `[tokens]`
+    /// - returns: `[states, width]`
+    ///
+    /// # Errors
+    /// If the weight cannot be read.
+    pub fn embed_sides(&mut self, module: &str, encoder: &[bool]) -> Result<Tensor<2>> {
+        let x = self.embed(module, &self.batch.tokens)?;
+        Ok(self.lay(x, Some(encoder)))
+    }
+
     /// Runs the input changes over the states of the batch's tokens, and lays virtual tokens before
     /// each document; for models whose tokens are no rows of a table.
     ///
     /// # Shapes
     /// - `x`: `[tokens, width]`
     /// - returns: `[states, width]`
-    pub fn lay_virtual(&mut self, mut x: Tensor<2>) -> Tensor<2> {
+    pub fn lay_virtual(&mut self, x: Tensor<2>) -> Tensor<2> {
+        self.lay(x, None)
+    }
+
+    fn lay(&mut self, mut x: Tensor<2>, encoder: Option<&[bool]>) -> Tensor<2> {
         let begun = self.cache.as_ref().map_or(0, |cache| cache.num_documents());
         let tasks = self.batch.tasks.as_deref();
         let view = InputView {
             tasks: tasks.map(|tasks| tasks.get(begun..).unwrap_or(&[])),
             positions: &self.batch.positions,
+            encoder,
         };
         let changes = self.changes.of_input();
         let mut prompts = Vec::new();
@@ -458,17 +481,42 @@ impl<'a> Pass<'a> {
         v: Tensor<2>,
         options: &AttentionOptions,
     ) -> Tensor<2> {
-        let changes = self.changes.of_attention(layer);
-        if changes.is_empty() {
+        let own = Sublayer::Attention;
+        if self.changes.of_attention(layer, own).is_empty() {
             return self.plain_attention(layer, q, k, v, None, options);
         }
-        let parts = changes.iter().filter_map(|change| change.prefix(&mut self.scope));
-        let (keys, values): (Vec<_>, Vec<_>) = parts.map(|[k, v]| (k, v)).unzip();
-        let prefix = (!keys.is_empty()).then(|| [Tensor::cat(keys, 0), Tensor::cat(values, 0)]);
+        let prefix = self.prefix(layer, own);
         let heads = self.plain_attention(layer, q.clone(), k, v, prefix, options);
-        changes
-            .iter()
-            .fold(heads, |heads, change| change.heads(heads, &q, options, &mut self.scope))
+        self.changed_heads(layer, own, heads, &q, options)
+    }
+
+    /// Computes keys and values that stand before those of each document in a block's attention,
+    /// for models that compute attention themselves.
+    ///
+    /// # Shapes
+    /// - returns: twice `[prefix, key heads · head width]`, or nothing where there is none
+    pub fn prefix(&mut self, layer: usize, sublayer: Sublayer) -> Option<[Tensor<2>; 2]> {
+        let changes = self.changes.of_attention(layer, sublayer).iter();
+        let parts = changes.filter_map(|change| change.prefix(&mut self.scope));
+        let (keys, values): (Vec<_>, Vec<_>) = parts.map(|[k, v]| (k, v)).unzip();
+        (!keys.is_empty()).then(|| [Tensor::cat(keys, 0), Tensor::cat(values, 0)])
+    }
+
+    /// Runs the changes of a block's head outputs, for models that compute attention themselves.
+    ///
+    /// # Shapes
+    /// - `heads`, `queries`: `[tokens, heads · head width]`
+    /// - returns: the same
+    pub fn changed_heads(
+        &mut self,
+        layer: usize,
+        sublayer: Sublayer,
+        heads: Tensor<2>,
+        queries: &Tensor<2>,
+        options: &AttentionOptions,
+    ) -> Tensor<2> {
+        let changes = self.changes.of_attention(layer, sublayer).iter();
+        changes.fold(heads, |heads, change| change.heads(heads, queries, options, &mut self.scope))
     }
 
     /// Computes attention behind a prefix of keys and values that all documents share.
@@ -670,6 +718,36 @@ impl<'a> Pass<'a> {
             Some(tokens) => losses.select(0, index(tokens, self.weights.device())),
             None => losses,
         })
+    }
+
+    /// Computes the weighted cross-entropy of what virtual tokens should predict, before documents
+    /// that have something to learn; nothing where methods learn from none.
+    ///
+    /// # Shapes
+    /// - `states`: as [`Pass::token_losses`]
+    /// - returns: `[states]`, 0 where a row has no target
+    ///
+    /// # Errors
+    /// As [`Pass::token_losses`].
+    pub fn virtual_losses(&mut self, states: Tensor<2>) -> Result<Option<Tensor<1>>> {
+        let of_document = self.changes.virtual_targets();
+        if of_document.iter().all(Option::is_none) {
+            return Ok(None);
+        }
+        let count = states.dims()[0];
+        let (mut targets, mut weights) = (vec![None; count], vec![0.0_f32; count]);
+        for (tokens, rows) in self.batch.spans.iter().zip(self.layout.spans.iter()) {
+            let learns = self.batch.targets[tokens].iter().any(Option::is_some);
+            for (row, target) in rows.zip(&of_document).filter(|_| learns) {
+                targets[row] = target.map(|(token, _)| token);
+                weights[row] = target.map_or(0.0, |(_, weight)| weight);
+            }
+        }
+        let (weight, options) = self.language_head()?;
+        let losses = kernels::token_losses(states, &weight, &targets, &options);
+        let weights = TensorData::new(weights, [count]);
+        let weights = Tensor::<1>::from_data(weights, self.weights.device());
+        Ok(Some(losses * weights))
     }
 
     /// Computes the logits of some tokens.

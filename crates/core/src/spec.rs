@@ -247,6 +247,12 @@ impl ModelSpec {
         two_sided.then_some(start as u32)
     }
 
+    /// Returns how many of the blocks are the encoder's, if the model has one beside a decoder.
+    pub fn encoder_layers(&self) -> Option<usize> {
+        self.decoder_start()?;
+        self.config.get("num_layers").and_then(Value::as_u64).map(|count| count as usize)
+    }
+
     /// Returns what the model's images are like, if it reads any.
     pub fn image(&self) -> Option<&ImageSpec> {
         self.towers.iter().find_map(|tower| tower.image.as_ref())

@@ -1,5 +1,6 @@
 //! What can go wrong between a file of rows and its tokens.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// The result of everything in this crate that can fail.
@@ -9,7 +10,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system refused a file.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {source}{}", path.display(), where_from(path, source))]
     Io {
         /// The file or folder.
         path: PathBuf,
@@ -84,6 +85,16 @@ pub enum Error {
         /// What to do.
         hint: String,
     },
+}
+
+/// Points to the description beside a file that is missing: data that may not be passed on have only
+/// that in a repository.
+fn where_from(path: &Path, source: &std::io::Error) -> String {
+    let readme = path.parent().map(|folder| folder.join("README.md"));
+    match readme.filter(|readme| source.kind() == ErrorKind::NotFound && readme.is_file()) {
+        Some(readme) => format!("\n  help: {} may say where it comes from", readme.display()),
+        None => String::new(),
+    }
 }
 
 impl Error {

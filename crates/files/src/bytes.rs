@@ -131,6 +131,22 @@ pub fn write_all_at(file: &File, mut bytes: &[u8], mut start: u64) -> io::Result
     Ok(())
 }
 
+/// Has the system begin to write what waits of a file to the disk, so that little is left to wait
+/// for when the file is flushed.
+///
+/// On Linux nothing is waited for and nothing is promised: unlike a flush it makes the file system
+/// commit nothing, which would wait for what other programs write too. What is on the disk already
+/// leaves the cache.
+///
+/// # Errors
+/// The system's error.
+pub fn start_writing(file: &File) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    return Ok(rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed)?);
+    #[cfg(not(target_os = "linux"))]
+    file.sync_data()
+}
+
 impl From<Vec<u8>> for FileBytes {
     fn from(bytes: Vec<u8>) -> Self {
         Self(Arc::new(Backing::Held(bytes)))
@@ -221,6 +237,19 @@ mod tests {
             let error = bytes.read_at(start, &mut read).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "{start}");
         }
+    }
+
+    #[test]
+    fn what_is_being_written_stays_readable() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x");
+        let file = File::create(&path).unwrap();
+        for part in 0..4 {
+            write_all_at(&file, &[part; 5000], u64::from(part) * 5000).unwrap();
+            start_writing(&file).unwrap();
+        }
+        let expected: Vec<u8> = (0..4).flat_map(|part| [part; 5000]).collect();
+        assert_eq!(std::fs::read(&path).unwrap(), expected);
     }
 
     #[test]

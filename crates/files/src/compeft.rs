@@ -5,22 +5,32 @@
 //!
 //! | bytes | what |
 //! |---|---|
-//! | 8 | `COMPEFT` and the version, 1 |
-//! | 4 | length of the packed header, little endian |
-//! | 4 | length of the unpacked header |
-//! | 32 | SHA-256 of everything that follows |
-//! | … | the header: JSON, packed as a zlib stream |
+//! | 8 | `COMPEFT` and the version, 2 |
+//! | 16 | the first half of the SHA-256 of everything that follows |
+//! | 1 to 5 | length of the packed header |
+//! | 1 to 5 | length of the unpacked header |
+//! | … | the header, packed by DEFLATE |
 //! | … | the tensors' streams, in the header's order, without gaps |
 //!
-//! The header is `{"scale", "metadata", "tensors"}`. A tensor is `{"name", "shape"}` with either
-//! `"signs": [non-zeros, modulus, bytes of gaps]`, its stream being that of [`crate::golomb`], or
-//! `"raw": dtype`, its stream being the numbers as safetensors has them (whole modules and biases,
-//! which are no updates). Tensors are in alphabetical order.
+//! Numbers are in groups of seven bits, the lowest first, with the highest bit of a byte set where
+//! another follows; a text is its length and its bytes. The header is the scale (a little-endian
+//! `f32`), the number of metadata and for each key and value, the number of tensors and for each:
+//! how many bytes its name shares with the one before, the rest of the name, the number of sides
+//! and the sides, and either 0 with non-zeros, modulus and bytes of gaps, its stream being that of
+//! [`crate::golomb`], or 1 with the name of a number type, its stream being the numbers as
+//! safetensors has them (whole modules and biases, which are no updates). Tensors are in
+//! alphabetical order.
+//!
+//! Version 1 is read, not written: both lengths come first, as four little-endian bytes, then all 32
+//! bytes of the checksum; the header is JSON, `{"scale", "metadata", "tensors"}`, in a zlib stream,
+//! a tensor `{"name", "shape"}` with `"signs": [non-zeros, modulus, bytes of gaps]` or
+//! `"raw": dtype`.
 //!
 //! An entry of a tensor of signs is `scale`, `-scale` or 0; what it is added to is the reader's
 //! concern and stands in the metadata.
 
 mod error;
+mod header;
 mod read;
 mod write;
 
@@ -33,19 +43,17 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 /// The first bytes of a file; the last is the version.
-const MAGIC: [u8; 8] = *b"COMPEFT\x01";
-/// Bytes before the header.
-const HEAD_BYTES: usize = 8 + 4 + 4 + 32;
-/// Where the checksum stands.
-const CHECKSUM: std::ops::Range<usize> = 16..HEAD_BYTES;
+const MAGIC: [u8; 8] = *b"COMPEFT\x02";
+/// Bytes of the checksum.
+const CHECKSUM_BYTES: usize = 16;
 /// Largest header read, unpacked.
 const MAX_HEADER_BYTES: u32 = 256 << 20;
 /// Entries a file may describe per byte it has: a reader allocates for entries that are zero, which
 /// cost nothing in the file.
 const MAX_ENTRIES_PER_BYTE: u64 = 1 << 14;
 
-/// The header as JSON.
-#[derive(Debug, Serialize, Deserialize)]
+/// The header; as JSON in files of version 1.
+#[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawHeader {
     scale: f64,
@@ -54,15 +62,15 @@ struct RawHeader {
     tensors: Vec<RawTensor>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawTensor {
     name: String,
     shape: Vec<usize>,
     /// Non-zeros, modulus, bytes of gaps.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     signs: Option<(usize, u32, usize)>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     raw: Option<String>,
 }
 

@@ -19,7 +19,7 @@ pub mod numbers;
 mod placed;
 pub mod safetensors;
 
-pub use bytes::{FileBytes, FileSlice, read_exact_at, write_all_at};
+pub use bytes::{FileBytes, FileSlice, read_exact_at, start_writing, write_all_at};
 pub use digest::{sha256, sha256_file};
 pub use dtype::{Dtype, EncodeError};
 pub use placed::{SaveError, TensorProblem};

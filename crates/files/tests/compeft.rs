@@ -17,7 +17,7 @@ fn sample() -> Vec<u8> {
     writer.finish().unwrap()
 }
 
-/// Puts a file together from a header in clear and streams.
+/// Puts a file of version 1 together from a header in clear and streams.
 fn file(header: &str, streams: &[u8]) -> Vec<u8> {
     let packed = miniz_oxide::deflate::compress_to_vec_zlib(header.as_bytes(), 1);
     let mut out = b"COMPEFT\x01".to_vec();
@@ -36,8 +36,12 @@ fn refused(bytes: Vec<u8>) -> CompeftError {
     }
 }
 
+fn message_of(bytes: Vec<u8>) -> String {
+    refused(bytes).to_string()
+}
+
 fn message(header: &str, streams: &[u8]) -> String {
-    refused(file(header, streams)).to_string()
+    message_of(file(header, streams))
 }
 
 #[test]
@@ -65,14 +69,45 @@ fn what_is_written_is_read() {
 #[test]
 fn the_layout_is_the_documented_one() {
     let bytes = sample();
+    let unpacked = [
+        &0.25f32.to_le_bytes()[..],
+        &[1, 5],
+        b"start",
+        &[4],
+        b"zero",
+        // m.a [2, 4], two signs in one byte of gaps; m.bias and m.empty share `m.` with the last.
+        &[3, 0, 3, b'm', b'.', b'a', 2, 2, 4, 0, 2, 2, 1],
+        &[2, 4, b'b', b'i', b'a', b's', 1, 2, 1, 3, b'F', b'1', b'6'],
+        &[2, 5, b'e', b'm', b'p', b't', b'y', 2, 0, 3, 0, 0, 1, 0],
+    ]
+    .concat();
+    assert_eq!(bytes[..8], *b"COMPEFT\x02");
+    assert_eq!(bytes[8..24], Sha256::digest(&bytes[24..])[..16]);
+    let packed = usize::from(bytes[24]);
+    assert_eq!(usize::from(bytes[25]), unpacked.len());
+    let header = miniz_oxide::inflate::decompress_to_vec(&bytes[26..26 + packed]).unwrap();
+    assert_eq!(header, unpacked);
+    assert_eq!(bytes[26 + packed..], [0b11010, 0b10, 0, 0x3c, 0, 0xc0]);
+}
+
+#[test]
+fn files_of_version_1_are_read() {
     let text = r#"{"scale":0.25,"metadata":{"start":"zero"},"tensors":[{"name":"m.a","shape":[2,4],"signs":[2,2,1]},{"name":"m.bias","shape":[2],"raw":"F16"},{"name":"m.empty","shape":[0,3],"signs":[0,1,0]}]}"#;
-    let packed = u32::from_le_bytes(bytes[8..12].try_into().unwrap()) as usize;
-    assert_eq!(bytes[..8], *b"COMPEFT\x01");
-    assert_eq!(bytes[12..16], (text.len() as u32).to_le_bytes());
-    assert_eq!(bytes[16..48], Sha256::digest(&bytes[48..])[..]);
-    let header = miniz_oxide::inflate::decompress_to_vec_zlib(&bytes[48..48 + packed]).unwrap();
-    assert_eq!(String::from_utf8(header).unwrap(), text);
-    assert_eq!(bytes[48 + packed..], [0b11010, 0b10, 0, 0x3c, 0, 0xc0]);
+    let old = file(text, &[0b11010, 0b10, 0, 0x3c, 0, 0xc0]);
+    let (old, new) = (
+        CompeftFile::from_bytes("old", old).unwrap(),
+        CompeftFile::from_bytes("new", sample()).unwrap(),
+    );
+    assert_eq!((old.scale(), old.metadata()), (new.scale(), new.metadata()));
+    assert!(old.names().eq(new.names()));
+    for (old, new) in old.tensors().zip(new.tensors()) {
+        assert_eq!((old.shape, old.content, old.bytes), (new.shape, new.content, new.bytes));
+    }
+    for place in 8..40 {
+        let mut damaged = file(text, &[0b11010, 0b10, 0, 0x3c, 0, 0xc0]);
+        damaged[place] ^= 0x10;
+        refused(damaged);
+    }
 }
 
 #[test]
@@ -155,6 +190,24 @@ fn a_header_longer_than_it_says_is_refused() {
         bytes[12..16].copy_from_slice(&(wrong as u32).to_le_bytes());
         assert!(matches!(refused(bytes).problem, CompeftProblem::Header(_)));
     }
+}
+
+#[test]
+fn lengths_and_headers_that_break_a_rule_are_refused() {
+    let with = |content: &[u8]| {
+        let checksum = Sha256::digest(content);
+        message_of([b"COMPEFT\x02", &checksum[..16], content].concat())
+    };
+    let packed = |header: &[u8]| {
+        let packed = miniz_oxide::deflate::compress_to_vec(header, 1);
+        with(&[&[packed.len() as u8, header.len() as u8][..], &packed].concat())
+    };
+    assert!(with(&[5, 5]).contains("expected 31 bytes, got 26"));
+    assert!(with(&[0xff, 0xff, 0xff, 0xff, 0x7f, 0]).contains("it takes 34359738367 bytes"));
+    assert!(with(&[1, 0xff, 0xff, 0xff, 0xff, 0x0f, 0]).contains("are read"));
+    assert!(with(&[0xff; 12]).contains("64 bits"));
+    assert!(packed(&[0, 0, 0, 0, 0]).contains("it ends"));
+    assert!(packed(&[0, 0, 0x80, 0x3f, 0, 0, 9]).contains("1 bytes follow"));
 }
 
 #[test]

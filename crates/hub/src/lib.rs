@@ -36,5 +36,5 @@ pub use environment::HubEnvironment;
 pub use error::{Attempt, HubError};
 pub use find::{Found, Identity, Kind, Location, Source, find};
 pub use name::{ModelName, RepositoryName};
-pub use network::{Fetch, Network, Unavailable};
+pub use network::{Fetch, Network, Offline, Unavailable};
 pub use observe::{HubEvent, HubObserver};

@@ -62,3 +62,34 @@ impl Fetch for Network {
         repository::download(name, environment, observer)
     }
 }
+
+/// No network: what is not on this machine is not to be had.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Offline;
+
+impl Offline {
+    fn refuse() -> Unavailable {
+        let reason = "nothing is downloaded for this".to_owned();
+        Unavailable { attempts: vec![Attempt { place: "the network".to_owned(), reason }] }
+    }
+}
+
+impl Fetch for Offline {
+    fn package(
+        &self,
+        _package: &Package,
+        _folder: &Path,
+        _observer: &mut dyn HubObserver,
+    ) -> Result<PathBuf, Unavailable> {
+        Err(Self::refuse())
+    }
+
+    fn repository(
+        &self,
+        _name: &RepositoryName,
+        _environment: &HubEnvironment,
+        _observer: &mut dyn HubObserver,
+    ) -> Result<PathBuf, Unavailable> {
+        Err(Self::refuse())
+    }
+}

@@ -13,11 +13,13 @@
 
 pub mod activation;
 pub mod adamw;
+mod add;
 pub mod attention;
 mod buffer;
 #[cfg(test)]
 mod check;
 mod disjoint;
+pub mod dropout;
 pub mod embed;
 mod fastfood;
 pub mod gated;
@@ -42,7 +44,9 @@ pub mod work;
 
 pub use activation::{Activation, activate};
 pub use adamw::{AdamwStep, adamw};
+pub use add::add;
 pub use attention::{AttentionOptions, KeyValues, attention, attention_over_cache};
+pub use dropout::dropout;
 pub use embed::embed;
 pub use fastfood::{Fastfood, fastfood, fastfood_reference};
 pub use gated::gated;

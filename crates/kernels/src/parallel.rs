@@ -28,13 +28,19 @@ pub(crate) fn rows_of(width: usize) -> usize {
     CHUNK.div_ceil(width.max(1))
 }
 
+/// Columns of a task that adds up rows: a few cache lines of each.
+const STRIP: usize = 96;
+
 /// Adds up rows of a width in their order.
 pub(crate) fn add_rows(rows: &[f32], width: usize) -> Vec<f32> {
-    let mut sum = vec![0.0; width];
-    for row in rows.chunks_exact(width.max(1)) {
-        for (sum, x) in sum.iter_mut().zip(row) {
-            *sum += x;
+    let mut sums = vec![0.0; width];
+    let strip = if rows.len() > CHUNK { STRIP } else { width.max(1) };
+    each(sums.chunks_mut(strip).enumerate(), |(index, sums)| {
+        for row in rows.chunks_exact(width) {
+            for (sum, x) in sums.iter_mut().zip(&row[index * strip..]) {
+                *sum += x;
+            }
         }
-    }
-    sum
+    });
+    sums
 }

@@ -23,8 +23,8 @@ use crate::vocabulary::Aligned;
 use crate::writer::{Existing, ModelWriter, SHARD_BYTES};
 use crate::{Error, Result};
 
-/// Bytes that are written between two flushes.
-const FLUSH_BYTES: u64 = 1 << 25;
+/// Bytes that wait at most until they are sent to the disk.
+const WAITING_BYTES: u64 = 1 << 23;
 /// Bytes of a tensor copied at once.
 const STEP_BYTES: usize = 1 << 18;
 /// Configuration keys that hold the number of layers.
@@ -236,7 +236,7 @@ impl Work<'_> {
         std::thread::scope(|scope| {
             let (tell, told) = channel();
             scope.spawn(|| {
-                if let Err(error) = self.flush_when_told(told) {
+                if let Err(error) = self.send_when_told(told) {
                     fail(jobs.len(), error);
                 }
             });
@@ -256,7 +256,7 @@ impl Work<'_> {
                     done_bytes: done_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes,
                     total_bytes,
                 };
-                // A flush that failed has ended the thread, and with it the merge.
+                // A failure has ended the thread, and with it the merge.
                 let _ = tell.send(bytes);
                 if watch(progress).is_break() {
                     stop.store(true, Ordering::Relaxed);
@@ -274,13 +274,14 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Lets the disk write while tensors are merged: told of the bytes of each, flushes now and then.
-    fn flush_when_told(&self, told: Receiver<u64>) -> Result<()> {
+    /// Lets the disk write while tensors are merged: told of the bytes of each, sends
+    /// them to the disk now and then.
+    fn send_when_told(&self, told: Receiver<u64>) -> Result<()> {
         let mut waiting = 0;
         for bytes in told {
             waiting += bytes;
-            if waiting >= FLUSH_BYTES {
-                self.writer.flush()?;
+            if waiting >= WAITING_BYTES {
+                self.writer.start_writing()?;
                 waiting = 0;
             }
         }

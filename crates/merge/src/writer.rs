@@ -14,7 +14,7 @@ use std::sync::{Mutex, PoisonError};
 
 use retune_files::atomic::{AtomicFolder, write_file};
 use retune_files::safetensors::{CheckpointLayout, TensorSpec};
-use retune_files::{Dtype, SaveError, TensorProblem, read_exact_at, write_all_at};
+use retune_files::{Dtype, SaveError, TensorProblem, read_exact_at, start_writing, write_all_at};
 
 use crate::{Error, Result};
 
@@ -188,13 +188,13 @@ impl ModelWriter {
         Ok(write_file(&self.folder.path().join(name), content)?)
     }
 
-    /// Sends what was written so far to the disk, so that little is left to wait for at the end.
+    /// Has what was written so far sent to the disk, so that little is left to wait for at the end.
     ///
     /// # Errors
     /// [`Error::Write`] if the disk refuses.
-    pub fn flush(&self) -> Result<()> {
-        let flush = |file: &File| file.sync_data().map_err(|e| self.folder.error(e).into());
-        self.files.iter().try_for_each(flush)
+    pub fn start_writing(&self) -> Result<()> {
+        let start = |file: &File| start_writing(file).map_err(|e| self.folder.error(e).into());
+        self.files.iter().try_for_each(start)
     }
 
     /// Adds to an error what is kept and how to go on.

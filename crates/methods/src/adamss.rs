@@ -4,13 +4,13 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use retune_core::Result;
-use retune_core::method::{Card, FileIntegers, FileTensors};
+use retune_core::method::{Card, FileIntegers, FileTensors, StepView};
 use retune_core::parameters::Parameters;
 use retune_core::random::Random;
 use retune_core::targets::Among;
 use retune_core::weights::Weights;
 use retune_files::Dtype;
-use retune_options::options;
+use retune_options::{above, options};
 use tensor::{Tensor, TensorData};
 
 use crate::frame::{
@@ -33,6 +33,24 @@ options! {
         subspace_rank: usize = 1, in 1..=1024;
         /// Seed of the decomposition.
         seed: u64 = 0;
+        /// Whether clusters that matter least stop training, over all targets together (adaptive
+        /// subspace allocation).
+        use_asa: bool = false;
+        /// Clusters of all targets together that train to the end.
+        asa_target_subspaces: usize = 50, in 1..=1_000_000;
+        /// Steps before the first cluster stops.
+        init_warmup: u64 = 50;
+        /// The step at which only those that train to the end are left.
+        final_warmup: u64 = 1000, in 1..=1_000_000_000;
+        /// Steps between two choices.
+        mask_interval: u64 = 100, in 1..=1_000_000;
+        /// Smoothing of the importance, |value · gradient|.
+        asa_importance_beta: f64 = 0.85, in 0.0..=0.9999;
+        /// Smoothing of its uncertainty.
+        asa_uncertainty_beta: f64 = 0.85, in 0.0..=0.9999;
+        /// How much sooner than evenly they stop: the share that is left goes with this power of the
+        /// steps that are left.
+        asa_schedule_exponent: f64 = 3.0, in above(0.0);
     }
 }
 
@@ -51,6 +69,8 @@ const A: &str = "adamss_A";
 const B: &str = "adamss_B";
 const CLUSTERS: &str = "adamss_clusters";
 
+mod allocation;
+
 impl WeightMethod for AdamssOptions {
     const FACTS: Facts = Facts {
         card: Card {
@@ -66,18 +86,29 @@ impl WeightMethod for AdamssOptions {
             ("num_subspaces", "num_subspaces"),
             ("subspace_rank", "subspace_rank"),
             ("seed", "random_seed"),
+            ("use_asa", "use_asa"),
+            ("asa_target_subspaces", "asa_target_subspaces"),
+            ("init_warmup", "init_warmup"),
+            ("final_warmup", "final_warmup"),
+            ("mask_interval", "mask_interval"),
+            ("asa_importance_beta", "asa_importance_beta"),
+            ("asa_uncertainty_beta", "asa_uncertainty_beta"),
+            ("asa_schedule_exponent", "asa_schedule_exponent"),
         ],
         fixed: &[],
         written: &[
             ("init_weights", "\"orthogonal\""),
-            ("use_asa", "false"),
             ("use_dynamic_rank", "false"),
             ("layers_to_transform", "null"),
             ("layers_pattern", "null"),
         ],
         among: Among::Linears,
         targets: &["all-linear"],
-        examples: &["rank = 6\nnum_subspaces = 3", "subspace_rank = 4\nlayers = [1]\nseed = 2"],
+        examples: &[
+            "rank = 6\nnum_subspaces = 3",
+            "subspace_rank = 4\nlayers = [1]\nseed = 2",
+            "rank = 6\nnum_subspaces = 3\nuse_asa = true\nasa_target_subspaces = 5\ninit_warmup = 1\nfinal_warmup = 4\nmask_interval = 2",
+        ],
     };
 
     fn layout(&self, target: &Target, context: &Context<'_>) -> Result<Vec<Slot>> {
@@ -85,12 +116,29 @@ impl WeightMethod for AdamssOptions {
         let rank = self.directions(target);
         let wide = target.columns + usize::from(target.has_bias);
         let of_rows = Slot::integers(CLUSTERS, [target.rows], Dtype::I32, vec![clusters as i32]);
-        Ok(vec![
-            Slot::computed(A, [clusters * self.subspace_rank, rank]),
-            Slot::zeros(B, [target.rows, self.subspace_rank]),
+        let shapes = [[clusters * self.subspace_rank, rank], [target.rows, self.subspace_rank]];
+        let mut slots = vec![
+            Slot::computed(A, shapes[0]),
+            Slot::zeros(B, shapes[1]),
             Slot::computed("adamss_newB", [rank, wide]).buffer(),
             of_rows.saved_if(context.is_complete),
-        ])
+        ];
+        if self.use_asa && context.original.is_none() {
+            slots.extend(self.allocation_slots(clusters, shapes)?);
+        }
+        Ok(slots)
+    }
+
+    fn on_gradients(&self, step: &mut StepView<'_>) {
+        if self.use_asa {
+            self.weigh(step);
+        }
+    }
+
+    fn on_step(&self, step: &mut StepView<'_>) {
+        if self.use_asa {
+            self.allocate(step);
+        }
     }
 
     fn build(

@@ -13,6 +13,7 @@ use retune_files::atomic::AtomicFolder;
 use retune_files::safetensors::{SafetensorsFile, SafetensorsWriter, TensorSpec};
 use serde_json::{Map, Value, json};
 
+use crate::state::prompt;
 use crate::{adapterhub, compressed, difference, registry};
 
 /// What PEFT puts before a module's path.
@@ -28,6 +29,7 @@ const TENSORS: &str = "adapter_model.safetensors";
 /// Returns the keys every `adapter_config.json` has.
 pub fn peft_config(peft_type: &str, spec: &ModelSpec) -> Map<String, Value> {
     let task = match spec.head {
+        Head::Language { .. } if spec.decoder_start().is_some() => "SEQ_2_SEQ_LM",
         Head::Language { .. } => "CAUSAL_LM",
         Head::Classes { .. } => "SEQ_CLS",
         Head::Embedding | Head::Pairs => "FEATURE_EXTRACTION",
@@ -176,6 +178,7 @@ impl Adapter {
                 adapter.tensors.insert(name, (shape, view.to_f32()?));
             }
         }
+        prompt::drop_unread(&mut adapter.config, &mut adapter.tensors);
         Ok(adapter)
     }
 

@@ -1,4 +1,5 @@
-//! Folders of the AdapterHub library (`adapters`): bottleneck adapters, read as rows of the design table.
+//! Folders of the AdapterHub library (`adapters`): bottleneck adapters, read as rows of the design table;
+//! Compacter's with their matrices multiplied out.
 //!
 //! A folder has `adapter_config.json`, whose `config` table says how the bottlenecks are wired, and
 //! `adapter.safetensors`, whose keys carry the adapter's name behind the module's path.
@@ -16,6 +17,8 @@ use crate::adapter::{Adapter, PREFIX};
 use crate::state::StateMethod;
 use crate::state::sublayer::Insertion;
 use crate::unified_view::{Composition, Function, Module, Place, UnifiedView};
+
+mod phm;
 
 /// The key of an adapter that has no head of its own, so that the base's stays: the library keeps heads
 /// in a file of their own.
@@ -45,6 +48,8 @@ const NAMED: &[(&str, bool, bool, &str, f64)] = &[
     ("houlsby", false, false, "swish", 1.0),
     ("par_bn", false, true, "relu", 4.0),
     ("parallel", false, true, "relu", 4.0),
+    ("compacter++", true, false, "gelu", 1.0),
+    ("compacter", false, false, "gelu", 1.0),
 ];
 
 /// Returns whether a configuration is one of this library's.
@@ -64,7 +69,8 @@ fn unsupported(what: String) -> Error {
     Error::Unsupported {
         what: format!("an AdapterHub adapter with {what}"),
         help:
-            "what is read: bottlenecks behind or beside sub-layers (seq_bn, double_seq_bn, par_bn)"
+            "what is read: bottlenecks behind or beside sub-layers (seq_bn, double_seq_bn, par_bn, \
+             compacter)"
                 .to_owned(),
     }
 }
@@ -81,7 +87,7 @@ impl Wiring {
             return Ok(Self { after_norm: *after_norm, parallel: *parallel, function, scale });
         }
         let flag = |key: &str| config.get(key).and_then(Value::as_bool).unwrap_or(false);
-        for key in ["ln_before", "ln_after", "use_gating", "phm_layer", "cross_adapter"] {
+        for key in ["ln_before", "ln_after", "use_gating", "cross_adapter"] {
             if flag(key) {
                 return Err(unsupported(format!("`{key}`")));
             }
@@ -179,20 +185,31 @@ pub fn read(folder: &Path, config: &Value) -> Result<Adapter> {
     }
     let wiring = Wiring::read(config.get("config").unwrap_or(&Value::Null))?;
     let file = SafetensorsFile::open(folder.join(TENSORS))?;
+    let mut tensors = Vec::new();
+    for view in file.tensors() {
+        tensors.push((view.name.to_owned(), view.shape.to_vec(), view.to_f32()?));
+    }
+    let tensors = phm::multiplied_out(tensors).map_err(|found| Error::Content {
+        path: folder.join(TENSORS),
+        what: "a layer of Kronecker products cannot be multiplied out".to_owned(),
+        expected: "all factors of each layer, shared ones once".to_owned(),
+        found,
+        help: "save the adapter again with a newer version of the library".to_owned(),
+    })?;
     // Bottlenecks of one place and one width are one row of the table.
     let mut rows: Vec<Module> = Vec::new();
     let mut found: BTreeMap<(usize, usize), Vec<Found>> = BTreeMap::new();
     let mut wrong = Vec::new();
     let mut sizes: BTreeMap<(usize, &'static str), usize> = BTreeMap::new();
-    for view in file.tensors() {
-        if let Some(at) = address(view.name).filter(|at| at.part == "adapter_down.0.weight") {
-            let size = view.shape.first().copied().unwrap_or(1);
+    for (name, shape, _) in &tensors {
+        if let Some(at) = address(name).filter(|at| at.part == "adapter_down.0.weight") {
+            let size = shape.first().copied().unwrap_or(1);
             sizes.insert((at.layer, place_name(at.place)), size);
         }
     }
-    for view in file.tensors() {
-        let Some(at) = address(view.name) else {
-            wrong.push(format!("`{}`", view.name));
+    for (name, shape, values) in tensors {
+        let Some(at) = address(&name) else {
+            wrong.push(format!("`{name}`"));
             continue;
         };
         let part = match at.part {
@@ -201,7 +218,7 @@ pub fn read(folder: &Path, config: &Value) -> Result<Adapter> {
             "adapter_up.weight" => "up.weight",
             "adapter_up.bias" => "up.bias",
             _ => {
-                wrong.push(format!("`{}`", view.name));
+                wrong.push(format!("`{name}`"));
                 continue;
             }
         };
@@ -238,7 +255,7 @@ pub fn read(folder: &Path, config: &Value) -> Result<Adapter> {
             rows[row].layers.push(at.layer);
         }
         let of = found.entry((row, at.layer)).or_default();
-        of.push((part.to_owned(), view.shape.to_vec(), view.to_f32()?));
+        of.push((part.to_owned(), shape, values));
     }
     if !wrong.is_empty() || rows.is_empty() {
         let expected = "keys such as `….output.adapters.NAME.adapter_down.0.weight`";
@@ -297,7 +314,6 @@ mod tests {
     fn wirings_without_a_counterpart_are_refused_by_name() {
         for (config, expected) in [
             (json!("seq_bm"), "nearest: seq_bn"),
-            (json!({"phm_layer": true}), "phm_layer"),
             (json!({"ln_before": true}), "ln_before"),
             (json!({"inv_adapter": "nice"}), "inv_adapter"),
             (json!({"non_linearity": "leakyrelu"}), "leakyrelu"),

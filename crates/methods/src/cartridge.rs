@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use crate::prefix_tuning::{Prefix, key_width, write_config};
 use crate::registry;
 use crate::state::keys::Keys;
-use crate::state::{FileTensors, Form, Made, Slot, Start, StateMethod, prompt};
+use crate::state::{FileTensors, Form, Made, Needs, Slot, Start, StateMethod, prompt};
 
 options! {
     /// Trains keys and values that stand before those of every text, the first of them fixed.
@@ -41,6 +41,10 @@ impl StateMethod for Cartridge {
 
     fn promises(&self) -> Promises {
         Promises { starts_at_base: false, ..Promises::default() }
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::OneText
     }
 
     fn examples() -> &'static [&'static str] {
@@ -79,8 +83,8 @@ impl StateMethod for Cartridge {
                 Prefix {
                     parts: slots.iter().map(|slot| made.id(&slot.name)).collect(),
                     counts: slots.iter().map(|slot| slot.shape[0]).collect(),
-                    layer,
-                    num_layers: spec.num_layers,
+                    place: layer,
+                    num_places: spec.num_layers,
                     width: key_width(spec),
                 },
             );

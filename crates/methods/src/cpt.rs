@@ -1,11 +1,13 @@
 //! Context-aware prompt tuning: a prompt of example texts whose embeddings move a little.
 
+use std::collections::BTreeSet;
+
 use retune_core::change::{Changes, InputChange, InputView, Mode, Scope};
 use retune_core::method::{Card, Promises, StepView};
 use retune_core::parameters::{ParameterId, Parameters, to_vec};
 use retune_core::spec::ModelSpec;
 use retune_core::{Error, Result};
-use retune_options::{above, options};
+use retune_options::{Choice, above, choice, options};
 use serde_json::{Map, Value, json};
 use tensor::{Tensor, TensorData};
 
@@ -13,6 +15,16 @@ use crate::registry;
 use crate::state::keys::Keys;
 use crate::state::prompt::{self, Prompt, for_each};
 use crate::state::{FileTensors, Form, Made, Needs, Slot, Start, StateMethod, planned};
+
+choice! {
+    /// How much the answers of the context weigh.
+    pub enum WeightedLoss {
+        /// As much as those of the data.
+        None = "none",
+        /// Less, the further they are from the data.
+        Decay = "decay",
+    }
+}
 
 options! {
     /// Trains bounded shifts of the embeddings of a context of examples before every text.
@@ -27,6 +39,11 @@ options! {
         epsilon: f64 = 0.1, in above(0.0), also "opt_projection_epsilon";
         /// How far a template's token may move, for a model of width 2048.
         format_epsilon: f64 = 0.1, in above(0.0), also "opt_projection_format_epsilon";
+        /// How much the answers of the context weigh in the loss, beside those of the data.
+        weighted_loss: WeightedLoss = WeightedLoss::None, also "opt_weighted_loss_type";
+        /// Factor from each answer of the context to the one before it, and from the data's to the
+        /// last of the context, where the loss decays.
+        loss_decay: f64 = 1.0, in 0.0..=1.0, also "opt_loss_decay_factor";
     }
 }
 
@@ -46,11 +63,30 @@ impl Cpt {
         (0..self.context.len()).map(|place| bound(place) as f32).collect()
     }
 
+    /// Returns what each token of the context should predict, and how much it weighs: the tokens of
+    /// the examples' answers are learned as those of the data are.
+    fn targets(&self) -> Vec<Option<(u32, f32)>> {
+        let answer = |kind: &usize| *kind > 0 && kind.is_multiple_of(4);
+        let answers: BTreeSet<usize> = self.kinds.iter().copied().filter(|k| answer(k)).collect();
+        let weight = |kind: &usize| match self.weighted_loss {
+            WeightedLoss::None => 1.0,
+            WeightedLoss::Decay => {
+                let behind = answers.iter().filter(|other| *other >= kind).count();
+                self.loss_decay.powi(behind as i32)
+            }
+        };
+        let behind = self.kinds.iter().zip(&self.context).skip(1);
+        behind
+            .map(|(kind, token)| answer(kind).then(|| (*token as u32, weight(kind) as f32)))
+            .collect()
+    }
+
     fn moved(&self, width: usize, find: impl Fn(&str) -> ParameterId) -> MovedContext {
         MovedContext {
             context: find(prompt::NAME),
             shift: find(SHIFT),
             bounds: self.bounds(width),
+            targets: self.targets(),
             width,
         }
     }
@@ -68,7 +104,7 @@ impl StateMethod for Cpt {
     const BESIDE: &'static str = prompt::BESIDE;
 
     fn needs(&self) -> Needs {
-        Needs::Words
+        Needs::OneTextOfWords
     }
 
     fn promises(&self) -> Promises {
@@ -76,7 +112,10 @@ impl StateMethod for Cpt {
     }
 
     fn examples() -> &'static [&'static str] {
-        &["context = [3, 9, 4]\nkinds = [1, 2, 4]"]
+        &[
+            "context = [3, 9, 4]\nkinds = [1, 2, 4]",
+            "context = [3, 9, 4, 5, 6, 7]\nkinds = [1, 2, 4, 5, 8, 8]\nweighted_loss = 'decay'\nloss_decay = 0.5",
+        ]
     }
 
     fn slots(&self, spec: &ModelSpec, form: Form) -> Result<Vec<Slot>> {
@@ -151,8 +190,8 @@ impl StateMethod for Cpt {
             ("cpt_tokens_type_mask", json!(kinds)),
             ("opt_projection_epsilon", json!(self.epsilon)),
             ("opt_projection_format_epsilon", json!(self.format_epsilon)),
-            ("opt_weighted_loss_type", json!("none")),
-            ("opt_loss_decay_factor", json!(1.0)),
+            ("opt_weighted_loss_type", json!(self.weighted_loss.name())),
+            ("opt_loss_decay_factor", json!(self.loss_decay)),
         ] {
             config.insert(key.to_owned(), value);
         }
@@ -174,6 +213,7 @@ struct MovedContext {
     context: ParameterId,
     shift: ParameterId,
     bounds: Vec<f32>,
+    targets: Vec<Option<(u32, f32)>>,
     width: usize,
 }
 
@@ -199,6 +239,10 @@ impl InputChange for MovedContext {
         self.bounds.len()
     }
 
+    fn virtual_targets(&self) -> Vec<Option<(u32, f32)>> {
+        self.targets.clone()
+    }
+
     fn virtual_tokens(
         &self,
         documents: usize,
@@ -216,9 +260,30 @@ mod tests {
     use tensor::Device;
 
     #[test]
+    fn answers_of_the_context_are_learned_the_less_the_further_they_are() {
+        let mut options = Cpt {
+            context: vec![11, 12, 13, 14, 15, 16],
+            kinds: vec![1, 2, 4, 6, 8, 8],
+            loss_decay: 0.5,
+            ..Cpt::default()
+        };
+        let learned = |options: &Cpt| -> Vec<Option<(u32, f32)>> { options.targets() };
+        let (first, last) = (Some((13, 1.0)), [Some((15, 1.0)), Some((16, 1.0))]);
+        assert_eq!(learned(&options), [None, first, None, last[0], last[1]]);
+        options.weighted_loss = WeightedLoss::Decay;
+        let (first, last) = (Some((13, 0.25)), [Some((15, 0.5)), Some((16, 0.5))]);
+        assert_eq!(learned(&options), [None, first, None, last[0], last[1]]);
+    }
+
+    #[test]
     fn shifts_are_cut_to_their_bounds() {
-        let options =
-            Cpt { context: vec![7, 8, 9], kinds: vec![1, 2, 4], epsilon: 2.0, format_epsilon: 0.5 };
+        let options = Cpt {
+            context: vec![7, 8, 9],
+            kinds: vec![1, 2, 4],
+            epsilon: 2.0,
+            format_epsilon: 0.5,
+            ..Cpt::default()
+        };
         let mut parameters = Parameters::new(&Device::flex());
         let id = parameters.add(SHIFT, &[3, 2048], vec![1.0; 3 * 2048]);
         // A row of ones is √2048 long.

@@ -182,8 +182,12 @@ impl InputChange for Offsets {
         // A row of zeros stands for every place beyond the table.
         let device = scope.parameters().device();
         let a = Tensor::cat(vec![a, Tensor::zeros([1, self.rank], device)], 0);
-        let rows: Vec<i32> =
-            view.positions.iter().map(|place| (*place).min(self.length) as i32).collect();
+        // What a decoder writes is no input.
+        let is_input = |token: usize| view.encoder.is_none_or(|encoder| encoder[token]);
+        let row = |(token, place): (usize, &usize)| {
+            if is_input(token) { (*place).min(self.length) as i32 } else { self.length as i32 }
+        };
+        let rows: Vec<i32> = view.positions.iter().enumerate().map(row).collect();
         let count = rows.len();
         let rows = Tensor::<1, Int>::from_data(TensorData::new(rows, [count]), device);
         x + a.select(0, rows).matmul(b).mul_scalar(self.scale)

@@ -54,6 +54,7 @@ pub mod loretta_rep;
 pub mod lt_sft;
 pub mod miss;
 pub mod multitask_prompt_tuning;
+pub mod nf4;
 pub mod numpy;
 pub mod oft;
 pub mod osf;

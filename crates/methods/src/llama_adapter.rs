@@ -83,12 +83,15 @@ impl StateMethod for LlamaAdapter {
 
     fn promises(&self) -> Promises {
         let refusal = Refusal {
-            models: "whose keys have no projection of their own, or with a bias behind the heads",
+            models: "of encoder and decoder, whose keys have no projection of their own, or with a bias \
+                     behind the heads",
             applies: |spec| {
                 let has = |role, kind: fn(Kind) -> bool| {
                     spec.weights.iter().any(|weight| weight.role == role && kind(weight.kind))
                 };
-                !has(Role::Key, |_| true) || has(Role::AttentionOutput, |kind| kind == Kind::Bias)
+                spec.has_sides()
+                    || !has(Role::Key, |_| true)
+                    || has(Role::AttentionOutput, |kind| kind == Kind::Bias)
             },
         };
         Promises { refuses: Some(refusal), ..Promises::default() }

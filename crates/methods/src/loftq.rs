@@ -20,6 +20,7 @@ use crate::frame::{
     self, Added, Addition, Built, Context, Delta, Facts, Formula, Held, Slot, Target, Values, View,
     WeightMethod,
 };
+use crate::nf4;
 use crate::registry::{self, Plugin};
 
 choice! {
@@ -149,7 +150,7 @@ impl LoftqOptions {
 
     fn quantized(&self, mut values: Vec<f32>, [rows, columns]: [usize; 2]) -> Result<PackedMatrix> {
         if self.blocks == Blocks::Nf4 {
-            values.chunks_mut(NF4_BLOCK).for_each(to_nf4);
+            nf4::round(&mut values);
         }
         Ok(PackedMatrix::from_f32(rows, columns, values, self.form())?)
     }
@@ -183,44 +184,6 @@ impl LoftqOptions {
             let (a, b) = (make(&factors.0, [rank, columns]), make(&factors.1, [rows, rank]));
             left = weight.clone() - b.matmul(a).mul_scalar(scale);
         }
-    }
-}
-
-/// Values that share a scale.
-const NF4_BLOCK: usize = 64;
-
-/// The quantiles of QLoRA's NormalFloat with 4 bits (Dettmers et al., arXiv 2305.14314), appendix E.
-const NF4: [f32; 16] = [
-    -1.0,
-    -0.696_192_8,
-    -0.525_073_05,
-    -0.394_917_5,
-    -0.284_441_38,
-    -0.184_773_43,
-    -0.091_050_036,
-    0.0,
-    0.079_580_3,
-    0.160_930_2,
-    0.246_112_3,
-    0.337_915_24,
-    0.440_709_83,
-    0.562_617,
-    0.722_956_84,
-    1.0,
-];
-
-/// Rounds a block to the quantiles, scaled by its largest value.
-fn to_nf4(block: &mut [f32]) {
-    let scale = block.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
-    if scale == 0.0 {
-        return;
-    }
-    for value in block {
-        let share = *value / scale;
-        let place = NF4.partition_point(|quantile| *quantile < share).min(NF4.len() - 1);
-        let below = NF4[place.saturating_sub(1)];
-        let near = if share - below < NF4[place] - share { below } else { NF4[place] };
-        *value = near * scale;
     }
 }
 
@@ -273,15 +236,6 @@ impl Formula for Loftq {
 mod tests {
     use super::*;
     use tensor::Device;
-
-    #[test]
-    fn values_become_the_nearest_quantiles_by_hand() {
-        let mut block = [4.0, -2.0, 0.2, 0.1, 1.5, -3.99];
-        to_nf4(&mut block);
-        // Shares 1, -0.5, 0.05, 0.025, 0.375, -0.9975.
-        let expected = [1.0, -0.525_073_05, 0.079_580_3, 0.0, 0.337_915_24, -1.0].map(|q| 4.0 * q);
-        assert_eq!(block, expected);
-    }
 
     fn weight() -> Tensor<2> {
         let mut values = vec![0.0; 48 * 64];

@@ -1,18 +1,32 @@
 //! Prefix tuning: keys and values that every query of every layer sees beside the text.
 
-use retune_core::Result;
+use std::collections::BTreeMap;
+
 use retune_core::change::{AttentionChange, Changes, Mode, Scope};
 use retune_core::kernels::linear;
 use retune_core::method::{Card, Promises};
 use retune_core::parameters::{ParameterId, Parameters, to_vec};
+use retune_core::site::Sublayer;
 use retune_core::spec::ModelSpec;
-use retune_options::options;
+use retune_core::{Error, Result};
+use retune_options::{Choice, choice, options};
 use serde_json::{Map, Value, json};
 use tensor::Tensor;
 
 use crate::registry;
 use crate::state::keys::Keys;
 use crate::state::{FileTensors, Form, Made, Slot, Start, StateMethod, kaiming, planned, prompt};
+
+choice! {
+    /// Which attention of an encoder-decoder has a prefix.
+    pub enum Sides {
+        /// The decoder's over its own text, as PEFT's files have it.
+        Decoder = "decoder",
+        /// The encoder's, the decoder's, and the decoder's over the encoder, as in the paper; PEFT
+        /// has no such file.
+        Both = "both",
+    }
+}
 
 options! {
     /// Trains keys and values that stand before those of every text, in every layer.
@@ -23,6 +37,8 @@ options! {
         projection: bool = true, also "prefix_projection";
         /// Width inside that network.
         hidden: usize = 800, in 1..=65536, also "encoder_hidden_size";
+        /// Which attention has a prefix, in a model of encoder and decoder.
+        sides: Sides = Sides::Decoder;
         /// Modules that train whole and are saved beside the prefix.
         modules_to_save: Vec<String> = Vec::new();
     }
@@ -32,10 +48,45 @@ crate::state_plugin!(PrefixTuning);
 
 const EMBEDDING: &str = "prefix_encoder.embedding";
 const LAYERS: &str = "prefix_encoder.layers.";
+/// The key that says which attention of an encoder-decoder has a prefix; PEFT drops keys it does not
+/// know.
+const SIDES: &str = "retune_sides";
 
 /// Returns the width of one layer's keys, which is that of its values.
 pub fn key_width(spec: &ModelSpec) -> usize {
     spec.num_key_heads * spec.head_width
+}
+
+/// The prefixes that one saved tensor holds, beside each other.
+struct Stack {
+    /// The tensor's name.
+    name: &'static str,
+    sublayer: Sublayer,
+    /// How many prefixes there are.
+    num_places: usize,
+    /// The blocks that have one, and which.
+    blocks: Vec<(usize, usize)>,
+}
+
+impl Stack {
+    /// Makes the prefixes of blocks in a row.
+    fn of(name: &'static str, sublayer: Sublayer, blocks: std::ops::Range<usize>) -> Self {
+        let num_places = blocks.len();
+        Self { name, sublayer, num_places, blocks: blocks.zip(0..).collect() }
+    }
+
+    /// Returns what stands before the names of one prefix's own network.
+    fn network(&self, place: usize) -> String {
+        match self.name {
+            prompt::NAME => format!("{LAYERS}{place}"),
+            name => format!("{LAYERS}{name}.{place}"),
+        }
+    }
+
+    /// Returns whether a block sees this prefix.
+    fn uses(&self, place: usize) -> bool {
+        self.blocks.iter().any(|(_, used)| *used == place)
+    }
 }
 
 impl StateMethod for PrefixTuning {
@@ -54,27 +105,37 @@ impl StateMethod for PrefixTuning {
     }
 
     fn examples() -> &'static [&'static str] {
-        &["tokens = 3\nhidden = 6", "tokens = 3\nprojection = false"]
+        &[
+            "tokens = 3\nhidden = 6",
+            "tokens = 3\nprojection = false",
+            "tokens = 3\nhidden = 6\nsides = 'both'",
+        ]
     }
 
     fn slots(&self, spec: &ModelSpec, form: Form) -> Result<Vec<Slot>> {
         let width = key_width(spec);
-        let place = "attention";
+        let stacks = self.stacks(spec)?;
+        let slot = |name: &str, shape: &[usize], start| Slot::new(name, shape, "attention", start);
         if form == Form::Saved || !self.projection {
-            let shape = [self.tokens, 2 * spec.num_layers * width];
-            return Ok(vec![Slot::new(prompt::NAME, shape, place, Start::Normal(0.02))]);
+            let whole = |stack: &Stack| {
+                let shape = [self.tokens, 2 * stack.num_places * width];
+                slot(stack.name, &shape, Start::Normal(0.02))
+            };
+            return Ok(stacks.iter().map(whole).collect());
         }
         let hidden = self.hidden;
-        let slot = |name: &str, shape: &[usize], start| Slot::new(name, shape, place, start);
         let mut slots = vec![
             slot(EMBEDDING, &[self.tokens, width], Start::Normal(1.0)),
             slot("prefix_encoder.in.weight", &[hidden, width], kaiming(width)),
             slot("prefix_encoder.in.bias", &[hidden], kaiming(width)),
         ];
-        for layer in 0..spec.num_layers {
-            let name = |part: &str| format!("{LAYERS}{layer}.{part}");
-            slots.push(slot(&name("weight"), &[2 * width, hidden], kaiming(hidden)));
-            slots.push(slot(&name("bias"), &[2 * width], kaiming(hidden)));
+        for (stack, place) in stacks.iter().flat_map(|s| (0..s.num_places).map(move |p| (s, p))) {
+            let network = stack.network(place);
+            let own = [
+                slot(&format!("{network}.weight"), &[2 * width, hidden], kaiming(hidden)),
+                slot(&format!("{network}.bias"), &[2 * width], kaiming(hidden)),
+            ];
+            slots.extend(own.map(|slot| if stack.uses(place) { slot } else { slot.frozen() }));
         }
         Ok(slots)
     }
@@ -82,17 +143,37 @@ impl StateMethod for PrefixTuning {
     fn build(&self, spec: &ModelSpec, form: Form, made: &Made<'_>) -> Result<Changes> {
         let mut changes = Changes::default();
         let (tokens, width) = (self.tokens, key_width(spec));
-        for layer in 0..spec.num_layers {
-            if form == Form::Saved || !self.projection {
-                let parts = vec![made.id(prompt::NAME)];
-                let num_layers = spec.num_layers;
-                let counts = vec![tokens];
-                changes.change_attention(layer, Prefix { parts, counts, layer, num_layers, width });
-            } else {
-                changes.change_attention(layer, self.network(layer, width, |name| made.id(name)));
+        for stack in self.stacks(spec)? {
+            for (layer, place) in stack.blocks.iter().copied() {
+                let change: Box<dyn AttentionChange> = if form == Form::Saved || !self.projection {
+                    let parts = vec![made.id(stack.name)];
+                    let (counts, num_places) = (vec![tokens], stack.num_places);
+                    Box::new(Prefix { parts, counts, place, num_places, width })
+                } else {
+                    let network = stack.network(place);
+                    Box::new(self.network(&network, width, |name| made.id(name)))
+                };
+                changes.change_attention_of(layer, stack.sublayer, change);
             }
         }
         Ok(changes)
+    }
+
+    fn num_stacks(spec: &ModelSpec) -> usize {
+        if spec.decoder_start().is_some() { 2 } else { 1 }
+    }
+
+    fn notes(&self, spec: &ModelSpec) -> Vec<String> {
+        let Ok(stacks) = self.stacks(spec) else { return Vec::new() };
+        let idle = |stack: &Stack| (0..stack.num_places).filter(|p| !stack.uses(*p)).count();
+        match stacks.iter().map(idle).sum::<usize>() {
+            0 => Vec::new(),
+            idle => vec![format!(
+                "PEFT's format lets decoder blocks share keys, and {idle} of the {} prefixes of \
+                 the file have no effect; `sides = \"both\"` gives each block its own",
+                stacks.iter().map(|stack| stack.num_places).sum::<usize>()
+            )],
+        }
     }
 
     fn modules_to_save(&self) -> &[String] {
@@ -106,29 +187,44 @@ impl StateMethod for PrefixTuning {
     fn fold(&self, parameters: &Parameters, tensors: &mut FileTensors) {
         let Some(embedding) = parameters.find(EMBEDDING) else { return };
         let width = parameters.get(embedding).shape[1];
-        let layer = |name: &str| {
-            let number = name.strip_prefix(LAYERS)?.strip_suffix(".bias")?;
-            number.parse::<usize>().ok()
-        };
-        let num_layers = parameters.iter().filter_map(|(_, p)| layer(&p.name)).count();
-        let scope = Scope::new(parameters, Mode::Evaluate);
-        let layers = (0..num_layers)
-            .map(|layer| self.network(layer, width, |name| planned(parameters, name)).make(&scope));
-        let values = to_vec(Tensor::cat(layers.collect(), 1));
+        let mut networks: BTreeMap<String, BTreeMap<usize, String>> = BTreeMap::new();
+        for (_, parameter) in parameters.iter() {
+            let network = parameter.name.strip_suffix(".bias");
+            let Some(path) = network.and_then(|name| name.strip_prefix(LAYERS)) else { continue };
+            let (stack, place) = path.rsplit_once('.').unwrap_or((prompt::NAME, path));
+            if let Ok(place) = place.parse() {
+                let network = format!("{LAYERS}{path}");
+                networks.entry(stack.to_owned()).or_default().insert(place, network);
+            }
+        }
         tensors.retain(|name, _| !name.starts_with("prefix_encoder."));
-        let shape = vec![self.tokens, 2 * num_layers * width];
-        tensors.insert(prompt::NAME.to_owned(), (shape, values));
+        let scope = Scope::new(parameters, Mode::Evaluate);
+        for (stack, places) in networks {
+            let shape = vec![self.tokens, 2 * places.len() * width];
+            let made = places.values().map(|network| {
+                self.network(network, width, |name| planned(parameters, name)).make(&scope)
+            });
+            tensors.insert(stack, (shape, to_vec(Tensor::cat(made.collect(), 1))));
+        }
     }
 
     fn write_config(&self, spec: &ModelSpec, config: &mut Map<String, Value>) {
         write_config(spec, self.tokens, config);
         config.insert("encoder_hidden_size".to_owned(), json!(self.hidden));
         config.insert("prefix_projection".to_owned(), json!(self.projection));
+        if spec.decoder_start().is_some() {
+            config.insert(SIDES.to_owned(), json!(self.sides.name()));
+        }
     }
 
     fn read_config(keys: &Keys<'_>) -> Result<Self> {
         let tokens = prompt::read_tokens(keys)?;
-        Ok(Self { tokens, modules_to_save: keys.modules_to_save()?, ..Self::default() })
+        let sides = match keys.text(SIDES)? {
+            None | Some("decoder") => Sides::Decoder,
+            Some("both") => Sides::Both,
+            Some(_) => return Err(keys.error(SIDES, "\"decoder\" or \"both\"")),
+        };
+        Ok(Self { tokens, sides, modules_to_save: keys.modules_to_save()?, ..Self::default() })
     }
 }
 
@@ -137,16 +233,51 @@ pub fn write_config(spec: &ModelSpec, tokens: usize, config: &mut Map<String, Va
     prompt::write_config(spec, tokens, config);
     config.insert("num_attention_heads".to_owned(), json!(spec.num_key_heads));
     config.insert("token_dim".to_owned(), json!(key_width(spec)));
+    let stacks = PrefixTuning::num_stacks(spec);
+    config.insert(prompt::STACKS.to_owned(), json!(stacks));
 }
 
 impl PrefixTuning {
+    /// Lists which attention has which prefix.
+    ///
+    /// # Errors
+    /// If PEFT's format does not reach all blocks of a decoder.
+    fn stacks(&self, spec: &ModelSpec) -> Result<Vec<Stack>> {
+        let (own, all) = (Sublayer::Attention, spec.num_layers);
+        let Some(read) = spec.encoder_layers() else {
+            return Ok(vec![Stack::of(prompt::NAME, own, 0..all)]);
+        };
+        let decoder = read..all;
+        if self.sides == Sides::Both {
+            let cross = Sublayer::CrossAttention;
+            return Ok(vec![
+                Stack::of("prefix.encoder", own, 0..read),
+                Stack::of("prefix.decoder", own, decoder.clone()),
+                Stack::of("prefix.cross", cross, decoder),
+            ]);
+        }
+        if decoder.len() > read {
+            return Err(Error::Setting {
+                setting: "method.prefix-tuning.sides".to_owned(),
+                what: "PEFT's format has one prefix for each block of the encoder".to_owned(),
+                expected: "a decoder that is no deeper than the encoder".to_owned(),
+                found: format!("{} blocks over {read}", decoder.len()),
+                help: "set sides = \"both\"".to_owned(),
+            });
+        }
+        // PEFT lays two copies of the prefixes end to end and gives each block of the decoder two of
+        // them, the second for its attention over the encoder, where it is then dropped.
+        let blocks = decoder.zip(0..).map(|(layer, place)| (layer, 2 * place % read)).collect();
+        Ok(vec![Stack { name: prompt::NAME, sublayer: own, num_places: read, blocks }])
+    }
+
     fn network(
         &self,
-        layer: usize,
+        network: &str,
         width: usize,
         find: impl Fn(&str) -> ParameterId,
     ) -> MadePrefix {
-        let own = |part: &str| find(&format!("{LAYERS}{layer}.{part}"));
+        let own = |part: &str| find(&format!("{network}.{part}"));
         MadePrefix {
             embedding: find(EMBEDDING),
             inner: [find("prefix_encoder.in.weight"), find("prefix_encoder.in.bias")],
@@ -159,20 +290,20 @@ impl PrefixTuning {
     }
 }
 
-/// One layer's slices of the tensors all layers share.
+/// One block's slices of the tensors that several share.
 ///
-/// A row holds keys and values of layer 0, then those of layer 1, and so on.
+/// A row holds keys and values of the first place, then those of the second, and so on.
 #[derive(Debug)]
 pub struct Prefix {
     /// The tensors, one below the other.
     pub parts: Vec<ParameterId>,
     /// How many rows each has.
     pub counts: Vec<usize>,
-    /// The layer.
-    pub layer: usize,
-    /// The number of layers.
-    pub num_layers: usize,
-    /// Width of one layer's keys.
+    /// Which of them the block has.
+    pub place: usize,
+    /// How many there are.
+    pub num_places: usize,
+    /// Width of one block's keys.
     pub width: usize,
 }
 
@@ -190,13 +321,13 @@ impl AttentionChange for Prefix {
     }
 
     fn prefix(&self, scope: &mut Scope<'_>) -> Option<[Tensor<2>; 2]> {
-        let side = 2 * self.num_layers * self.width;
+        let side = 2 * self.num_places * self.width;
         let parts = self.parts.iter().zip(&self.counts);
         let rows: Vec<Tensor<2>> =
             parts.map(|(id, count)| scope.tensor(*id, [*count, side])).collect();
         let all = Tensor::cat(rows, 0);
         let slice = |place: usize| all.clone().narrow(1, place * self.width, self.width);
-        Some([slice(2 * self.layer), slice(2 * self.layer + 1)])
+        Some([slice(2 * self.place), slice(2 * self.place + 1)])
     }
 }
 

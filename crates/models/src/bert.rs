@@ -11,7 +11,7 @@ use crate::activation;
 use crate::config::{Config, MAX_LAYERS};
 use crate::heads::{Classes, Pooling, Purpose, pool, unit_rows};
 use crate::weight_list::WeightList;
-use retune_core::kernels::{Activation, AttentionOptions, activate};
+use retune_core::kernels::{Activation, AttentionOptions, activate, add};
 use retune_core::model::{Model, Output};
 use retune_core::pass::Pass;
 use retune_core::site::{Site, Sublayer};
@@ -266,7 +266,7 @@ impl Model for Bert {
             Ok(pass.dropout(h, self.hidden_dropout))
         })?;
         let norm = format!("{block}.attention.output.LayerNorm");
-        let x = pass.layer_norm(&norm, x + h, self.epsilon)?;
+        let x = pass.layer_norm(&norm, add(x, h), self.epsilon)?;
         let h = pass.sublayer(index, Sublayer::FeedForward, x.clone(), |pass, h| {
             let h = pass.linear(&format!("{block}.intermediate.dense"), h)?;
             let h = activate(h, self.activation);
@@ -274,7 +274,7 @@ impl Model for Bert {
             let h = pass.linear(&format!("{block}.output.dense"), h)?;
             Ok(pass.dropout(h, self.hidden_dropout))
         })?;
-        pass.layer_norm(&format!("{block}.output.LayerNorm"), x + h, self.epsilon)
+        pass.layer_norm(&format!("{block}.output.LayerNorm"), add(x, h), self.epsilon)
     }
 
     fn finish(&self, pass: &mut Pass<'_>, x: Tensor<2>) -> Result<Output> {

@@ -7,7 +7,7 @@ use crate::config::{Config, MAX_LAYERS, MAX_SIDE};
 use crate::heads::{Classes, decoder_head, decoder_output};
 use crate::weight_list::WeightList;
 use retune_core::Result;
-use retune_core::kernels::{Activation, AttentionOptions, gated};
+use retune_core::kernels::{Activation, AttentionOptions, add, gated};
 use retune_core::model::{Model, Output};
 use retune_core::pass::{Pass, Rope};
 use retune_core::site::{Site, Sublayer};
@@ -256,7 +256,7 @@ impl Model for Decoder {
             }
             self.norm(pass, &format!("{block}.post_attention_layernorm"), h)
         })?;
-        let x = x + h;
+        let x = add(x, h);
         let before = if behind { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
         let h = self.norm(pass, &format!("{block}.{before}"), x.clone())?;
         let h = pass.sublayer(index, Sublayer::FeedForward, h, |pass, h| {
@@ -266,7 +266,7 @@ impl Model for Decoder {
             }
             self.norm(pass, &format!("{block}.post_feedforward_layernorm"), h)
         })?;
-        Ok(x + h)
+        Ok(add(x, h))
     }
 
     fn finish(&self, pass: &mut Pass<'_>, x: Tensor<2>) -> Result<Output> {

@@ -7,7 +7,7 @@ use crate::activation;
 use crate::config::{Config, MAX_LAYERS};
 use crate::heads::{Classes, decoder_head, decoder_output};
 use crate::weight_list::WeightList;
-use retune_core::kernels::{Activation, AttentionOptions, activate};
+use retune_core::kernels::{Activation, AttentionOptions, activate, add};
 use retune_core::model::{Model, Output};
 use retune_core::pass::Pass;
 use retune_core::site::{Site, Sublayer};
@@ -141,7 +141,7 @@ impl Model for Gpt2 {
             let h = pass.linear(&format!("{block}.attn.c_proj"), heads)?;
             Ok(pass.dropout(h, self.residual_dropout))
         })?;
-        let x = x + h;
+        let x = add(x, h);
         let h = pass.layer_norm(&format!("{block}.ln_2"), x.clone(), self.epsilon)?;
         let h = pass.sublayer(index, Sublayer::FeedForward, h, |pass, h| {
             let h = pass.linear(&format!("{block}.mlp.c_fc"), h)?;
@@ -150,7 +150,7 @@ impl Model for Gpt2 {
             let h = pass.linear(&format!("{block}.mlp.c_proj"), h)?;
             Ok(pass.dropout(h, self.residual_dropout))
         })?;
-        Ok(x + h)
+        Ok(add(x, h))
     }
 
     fn finish(&self, pass: &mut Pass<'_>, x: Tensor<2>) -> Result<Output> {

@@ -5,6 +5,7 @@
 //! what follows it. Blocks are counted through: the encoder's first, then the decoder's. States of
 //! both sides lie in one tensor, in the batch's order; a block of one side leaves the other alone.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::activation;
@@ -12,7 +13,7 @@ use crate::config::{Config, MAX_LAYERS, MAX_SIDE};
 use crate::heads::{Classes, Purpose};
 use crate::weight_list::WeightList;
 use retune_core::batch::Batch;
-use retune_core::kernels::{Activation, Spans, activate, gated};
+use retune_core::kernels::{Activation, AttentionOptions, Spans, activate, gated};
 use retune_core::model::{Model, Output};
 use retune_core::pass::Pass;
 use retune_core::site::{Site, Sublayer};
@@ -50,11 +51,11 @@ struct Buckets {
     max_distance: usize,
 }
 
-/// Which rows of a batch belong to which side.
+/// Which rows of the states belong to which side.
 struct Sides {
     encoder: Side,
     decoder: Side,
-    /// Places of the batch's rows when the encoder's rows come first.
+    /// Places of the states' rows when the encoder's rows come first.
     order: Vec<i32>,
 }
 
@@ -242,59 +243,74 @@ impl Buckets {
     }
 }
 
-impl Sides {
-    /// Parts each document at its first start token; a piece that continues a document is all the
-    /// decoder's.
-    fn of(batch: &Batch, start: u32) -> Result<Self> {
-        let (mut encoder, mut decoder) = (Vec::new(), Vec::new());
-        let (mut sources, mut targets) = (Vec::new(), Vec::new());
-        for (document, span) in batch.spans.iter().enumerate() {
-            let tokens = &batch.tokens[span.clone()];
-            let begins = batch.positions.get(span.start).is_some_and(|position| *position == 0);
-            let source = match (begins, tokens.iter().position(|token| *token == start)) {
-                (false, _) => 0,
-                (true, Some(place)) if place > 0 => place,
-                (true, found) => {
-                    let row = batch.rows.get(document).copied().unwrap_or(document);
-                    return Err(Error::Input {
-                        what: format!("row {row} does not have two sides"),
-                        expected: format!(
-                            "tokens for the encoder, then the decoder's start token {start}"
-                        ),
-                        found: match found {
-                            Some(_) => "nothing before the start token".to_owned(),
-                            None => "no start token".to_owned(),
-                        },
-                        help: "give rows of prompt and completion, or decoder_input_ids".to_owned(),
-                    });
-                }
-            };
-            let border = span.start + source;
-            if batch.targets[span.start..border].iter().any(Option::is_some) {
+/// Counts the tokens of the encoder's side of each document, which end at its first start token; a
+/// piece that continues a document has none.
+///
+/// # Errors
+/// [`Error::Input`] for a document without two sides, or with something to learn on the first.
+fn sources(batch: &Batch, start: u32) -> Result<Vec<usize>> {
+    let of_document = |(document, span): (usize, Range<usize>)| {
+        let tokens = &batch.tokens[span.clone()];
+        let begins = batch.positions.get(span.start).is_some_and(|position| *position == 0);
+        let source = match (begins, tokens.iter().position(|token| *token == start)) {
+            (false, _) => 0,
+            (true, Some(place)) if place > 0 => place,
+            (true, found) => {
+                let row = batch.rows.get(document).copied().unwrap_or(document);
                 return Err(Error::Input {
-                    what: "a token of the encoder's side is to be learned".to_owned(),
-                    expected: "learned tokens behind the decoder's start token".to_owned(),
-                    found: "one before it".to_owned(),
-                    help: "set loss_on = \"completion\"".to_owned(),
+                    what: format!("row {row} does not have two sides"),
+                    expected: format!(
+                        "tokens for the encoder, then the decoder's start token {start}"
+                    ),
+                    found: match found {
+                        Some(_) => "nothing before the start token".to_owned(),
+                        None => "no start token".to_owned(),
+                    },
+                    help: "give rows of prompt and completion, or decoder_input_ids".to_owned(),
                 });
             }
-            encoder.extend((span.start..border).map(|row| row as i32));
-            decoder.extend((border..span.end).map(|row| row as i32));
-            sources.push(source);
-            targets.push(span.end - border);
+        };
+        let border = span.start + source;
+        if batch.targets[span.start..border].iter().any(Option::is_some) {
+            return Err(Error::Input {
+                what: "a token of the encoder's side is to be learned".to_owned(),
+                expected: "learned tokens behind the decoder's start token".to_owned(),
+                found: "one before it".to_owned(),
+                help: "set loss_on = \"completion\"".to_owned(),
+            });
+        }
+        Ok(source)
+    };
+    batch.spans.iter().enumerate().map(of_document).collect()
+}
+
+impl Sides {
+    /// Parts the states of each document; a method's virtual tokens are read by the encoder.
+    fn of(pass: &Pass<'_>, start: u32) -> Result<Self> {
+        let batch = pass.batch();
+        let (mut encoder, mut decoder) = (Vec::new(), Vec::new());
+        let (mut read, mut written) = (Vec::new(), Vec::new());
+        let documents = batch.spans.iter().zip(pass.spans().iter());
+        for ((tokens, rows), source) in documents.zip(sources(batch, start)?) {
+            let source = source + (rows.len() - tokens.len());
+            let border = rows.start + source;
+            encoder.extend((rows.start..border).map(|row| row as i32));
+            decoder.extend((border..rows.end).map(|row| row as i32));
+            read.push(source);
+            written.push(rows.end - border);
         }
         let mut order = vec![0; encoder.len() + decoder.len()];
         for (place, row) in encoder.iter().chain(&decoder).enumerate() {
             order[*row as usize] = place as i32;
         }
         Ok(Self {
-            encoder: Side { rows: encoder, spans: Spans::from_lengths(sources) },
-            decoder: Side { rows: decoder, spans: Spans::from_lengths(targets) },
+            encoder: Side { rows: encoder, spans: Spans::from_lengths(read) },
+            decoder: Side { rows: decoder, spans: Spans::from_lengths(written) },
             order,
         })
     }
 
-    /// Puts the states of both sides back into the batch's order; a side without rows is left out.
+    /// Puts the states of both sides back into their order; a side without rows is left out.
     fn join(&self, encoder: Option<Tensor<2>>, decoder: Option<Tensor<2>>) -> Tensor<2> {
         let parts: Vec<Tensor<2>> = encoder.into_iter().chain(decoder).collect();
         let all = Tensor::cat(parts, 0);
@@ -343,7 +359,10 @@ impl T5Model {
         Ok(bias.reshape([queries, keys, self.spec.num_heads]).permute([2, 0, 1]))
     }
 
-    /// Computes attention, document by document.
+    /// Computes attention, document by document, with what methods add to it.
+    ///
+    /// Keys of a prefix stand before the text: relative positions count them, as they do in a
+    /// cache.
     ///
     /// # Shapes
     /// - `q`: `[queries, heads · head width]`
@@ -352,6 +371,7 @@ impl T5Model {
     fn attend(
         &self,
         pass: &mut Pass<'_>,
+        (index, sublayer): (usize, Sublayer),
         q: Tensor<2>,
         documents: &[(Tensor<2>, Tensor<2>)],
         queries: &Spans,
@@ -359,17 +379,28 @@ impl T5Model {
     ) -> Result<Tensor<2>> {
         let (heads, width) = (self.spec.num_heads, self.spec.head_width);
         let mut outputs = Vec::new();
+        let prefix = pass.prefix(index, sublayer);
+        let all_queries = q.clone();
         for (query, (k, v)) in queries.iter().zip(documents) {
-            let (rows, columns) = (query.len(), k.dims()[0]);
-            if rows == 0 {
+            if query.is_empty() {
                 continue;
             }
+            let (k, v) = match &prefix {
+                Some([first_k, first_v]) => {
+                    let behind = |first: &Tensor<2>, x: &Tensor<2>| {
+                        Tensor::cat(vec![first.clone(), x.clone()], 0)
+                    };
+                    (behind(first_k, k), behind(first_v, v))
+                }
+                None => (k.clone(), v.clone()),
+            };
+            let (rows, columns) = (query.len(), k.dims()[0]);
             let split = |x: Tensor<2>| {
                 let count = x.dims()[0];
                 x.reshape([count, heads, width]).swap_dims(0, 1)
             };
             let q = split(q.clone().slice_dim(0, query));
-            let (k, v) = (split(k.clone()), split(v.clone()));
+            let (k, v) = (split(k), split(v));
             // T5 does not divide the scores by the root of the width.
             let mut scores = q.matmul(k.swap_dims(1, 2));
             if let Some(side) = bias_of {
@@ -388,7 +419,12 @@ impl T5Model {
             let weights = pass.dropout(weights, self.dropout).reshape([heads, rows, columns]);
             outputs.push(weights.matmul(v).swap_dims(0, 1).reshape([rows, heads * width]));
         }
-        Ok(Tensor::cat(outputs, 0))
+        let options = AttentionOptions {
+            scale: 1.0,
+            causal: bias_of == Some("decoder"),
+            ..AttentionOptions::causal(heads, heads, width)
+        };
+        Ok(pass.changed_heads(index, sublayer, Tensor::cat(outputs, 0), &all_queries, &options))
     }
 
     /// Runs self-attention and its residual sum.
@@ -413,7 +449,8 @@ impl T5Model {
                 let part = |x: &Tensor<2>, span| x.clone().slice_dim(0, span);
                 spans.iter().map(|span| (part(&k, span.clone()), part(&v, span))).collect()
             };
-            let heads = self.attend(pass, q, &documents, spans, Some(side))?;
+            let place = (index, Sublayer::Attention);
+            let heads = self.attend(pass, place, q, &documents, spans, Some(side))?;
             let heads = pass.at(Site::Heads(index, Sublayer::Attention), heads);
             pass.linear(&format!("{module}.o"), heads)
         })?;
@@ -443,7 +480,8 @@ impl T5Model {
             // The encoder is read once: later pieces find its keys where the first left them.
             let slot = self.spec.num_layers + index;
             let documents = pass.keys_values(slot, new, &sides.encoder.spans)?;
-            let heads = self.attend(pass, q, &documents, &sides.decoder.spans, None)?;
+            let place = (index, Sublayer::CrossAttention);
+            let heads = self.attend(pass, place, q, &documents, &sides.decoder.spans, None)?;
             let heads = pass.at(Site::Heads(index, Sublayer::CrossAttention), heads);
             pass.linear(&format!("{module}.o"), heads)
         })?;
@@ -480,13 +518,17 @@ impl Model for T5Model {
     }
 
     fn embed(&self, pass: &mut Pass<'_>) -> Result<Tensor<2>> {
-        Sides::of(pass.batch(), self.start)?;
-        let x = pass.embed("shared", &pass.batch().tokens)?;
+        let batch = pass.batch();
+        let encoder = batch.spans.iter().zip(sources(batch, self.start)?);
+        let encoder: Vec<bool> = encoder
+            .flat_map(|(span, source)| (0..span.len()).map(move |place| place < source))
+            .collect();
+        let x = pass.embed_sides("shared", &encoder)?;
         Ok(pass.dropout(x, self.dropout))
     }
 
     fn layer(&self, pass: &mut Pass<'_>, index: usize, x: Tensor<2>) -> Result<Tensor<2>> {
-        let sides = Sides::of(pass.batch(), self.start)?;
+        let sides = Sides::of(pass, self.start)?;
         let (memory, target) = (sides.encoder.states(&x), sides.decoder.states(&x));
         let Some(decoder_index) = index.checked_sub(self.num_encoder_layers) else {
             let Some(h) = memory else { return Ok(x) };

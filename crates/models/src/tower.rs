@@ -4,7 +4,7 @@ use crate::activation;
 use crate::config::{Config, MAX_LAYERS, MAX_SIDE};
 use crate::weight_list::WeightList;
 use retune_core::Result;
-use retune_core::kernels::{Activation, AttentionOptions, Spans, activate, attention};
+use retune_core::kernels::{Activation, AttentionOptions, Spans, activate, add, attention};
 use retune_core::pass::{Pass, select};
 use retune_core::site::{Site, Sublayer};
 use retune_core::spec::{ImageSpec, Role};
@@ -144,7 +144,7 @@ impl Stack {
             let h = pass.linear(&format!("{block}.{}", names.attention_output), heads)?;
             Ok(pass.dropout(h, self.dropout))
         })?;
-        let x = x + h;
+        let x = add(x, h);
         let norm = format!("{block}.{}", names.norms[1]);
         let h = pass.layer_norm(&norm, x.clone(), self.epsilon)?;
         let h = pass.sublayer(index, Sublayer::FeedForward, h, |pass, h| {
@@ -154,7 +154,7 @@ impl Stack {
             let h = pass.linear(&format!("{block}.{}", names.down), h)?;
             Ok(pass.dropout(h, self.dropout))
         })?;
-        Ok(x + h)
+        Ok(add(x, h))
     }
 }
 

@@ -20,6 +20,9 @@ use retune_options::Report;
 pub struct Arm {
     /// The method's name.
     pub method: String,
+    /// What tells it from other runs of the method, where there are any beside its seeds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variant: Option<String>,
     /// The run's seed.
     pub seed: u64,
 }
@@ -27,7 +30,10 @@ pub struct Arm {
 impl Arm {
     /// Returns the run's name, which is that of its recipe too.
     pub fn name(&self) -> String {
-        format!("{}-seed{}", self.method, self.seed)
+        match &self.variant {
+            Some(variant) => format!("{}-{variant}-seed{}", self.method, self.seed),
+            None => format!("{}-seed{}", self.method, self.seed),
+        }
     }
 }
 
@@ -156,9 +162,37 @@ impl ArmResult {
         }
     }
 
-    fn metric(&self, name: &str) -> Option<f64> {
+    /// Returns a metric after training.
+    pub fn metric(&self, name: &str) -> Option<f64> {
         self.metrics.iter().find(|(known, _)| known == name).map(|(_, value)| *value)
     }
+}
+
+/// Returns the metric runs are measured by, and whether less of it is better: the first of their
+/// reports' that is no loss, unless one is named.
+///
+/// # Errors
+/// [`Error::Plan`] if no run has a metric of the name asked for.
+pub fn usual_metric(runs: &[&ArmResult], metric: Option<&str>) -> Result<(String, bool)> {
+    let mut known: Vec<&str> = Vec::new();
+    for (name, _) in runs.iter().flat_map(|run| &run.metrics) {
+        if !known.contains(&name.as_str()) {
+            known.push(name);
+        }
+    }
+    let is_loss = |name: &str| matches!(name, "loss" | "perplexity");
+    let usual = known.iter().find(|name| !is_loss(name)).or(known.first()).copied();
+    let chosen = metric.or(usual).unwrap_or("loss").to_owned();
+    if !known.is_empty() && !known.contains(&chosen.as_str()) {
+        return Err(Error::Plan {
+            what: format!("no run measured `{chosen}`"),
+            expected: format!("one of {}", known.join(", ")),
+            found: chosen,
+            help: "give another name with --metric, or none".to_owned(),
+        });
+    }
+    let lower_is_better = is_loss(&chosen);
+    Ok((chosen, lower_is_better))
 }
 
 /// All seeds of one method together.
@@ -207,24 +241,7 @@ impl Comparison {
     /// # Errors
     /// [`Error::Plan`] if no run has a metric of the name asked for.
     pub fn of(name: &str, metric: Option<&str>, runs: Vec<ArmResult>) -> Result<Self> {
-        let mut known: Vec<&str> = Vec::new();
-        for (name, _) in runs.iter().flat_map(|run| &run.metrics) {
-            if !known.contains(&name.as_str()) {
-                known.push(name);
-            }
-        }
-        let is_loss = |name: &str| matches!(name, "loss" | "perplexity");
-        let usual = known.iter().find(|name| !is_loss(name)).or(known.first()).copied();
-        let chosen = metric.or(usual).unwrap_or("loss").to_owned();
-        if !known.is_empty() && !known.contains(&chosen.as_str()) {
-            return Err(Error::Plan {
-                what: format!("no run measured `{chosen}`"),
-                expected: format!("one of {}", known.join(", ")),
-                found: chosen,
-                help: "give another name with --metric, or none".to_owned(),
-            });
-        }
-        let lower_is_better = is_loss(&chosen);
+        let (chosen, lower_is_better) = usual_metric(&runs.iter().collect::<Vec<_>>(), metric)?;
         let mut rows: Vec<Row> = Vec::new();
         for run in &runs {
             if !rows.iter().any(|row| row.method == run.arm.method) {
@@ -373,6 +390,10 @@ fn row(runs: &[ArmResult], method: &str, metric: &str) -> Row {
 mod tests {
     use super::*;
 
+    fn arm(method: &str, seed: u64) -> Arm {
+        Arm { method: method.to_owned(), variant: None, seed }
+    }
+
     fn result(method: &str, seed: u64, loss: f64, accuracy: f64) -> ArmResult {
         ArmResult {
             metrics: vec![("loss".to_owned(), loss), ("accuracy".to_owned(), accuracy)],
@@ -382,7 +403,7 @@ mod tests {
             num_steps: 10,
             train_s: seed as f64,
             peak_bytes: 1 << 20,
-            ..ArmResult::failed(Arm { method: method.to_owned(), seed }, String::new())
+            ..ArmResult::failed(arm(method, seed), String::new())
         }
     }
 
@@ -392,8 +413,8 @@ mod tests {
             result("lora", 1, 2.0, 0.5),
             result("lora", 2, 1.0, 0.7),
             result("full", 1, 0.5, 0.9),
-            ArmResult::failed(Arm { method: "full".to_owned(), seed: 2 }, "no".to_owned()),
-            ArmResult::failed(Arm { method: "ssf".to_owned(), seed: 1 }, "never".to_owned()),
+            ArmResult::failed(arm("full", 2), "no".to_owned()),
+            ArmResult::failed(arm("ssf", 1), "never".to_owned()),
         ];
         let found = Comparison::of("people", None, runs.clone()).unwrap();
         assert_eq!((found.metric.as_str(), found.base), ("accuracy", Some(0.25)));
@@ -418,7 +439,7 @@ mod tests {
     #[test]
     fn an_arm_takes_its_own_table_and_nobody_elses() {
         let recipe = b"model = \"builtin:tiny\"\n[data]\ntrain = \"rows.jsonl\"\n[method.lora]\nrank = 3\n[method.full]\nfreeze = [\"lm_head\"]\n";
-        let arm = |method: &str| Arm { method: method.to_owned(), seed: 7 };
+        let arm = |method: &str| arm(method, 7);
         let folder = Path::new("/tmp/compare");
         let lora = arm_recipe("/tmp/r.toml", recipe, &[], &arm("lora"), folder).unwrap();
         assert!(lora.contains("rank = 3") && lora.contains("seed = 7"), "{lora}");
@@ -434,7 +455,7 @@ mod tests {
     #[test]
     fn an_earlier_attempt_is_found_again() {
         let folder = tempfile::tempdir().unwrap();
-        let arm = Arm { method: "lora".to_owned(), seed: 1 };
+        let arm = arm("lora", 1);
         let make = |number: u32, recipe: &str, files: &[&str]| {
             let run = folder.path().join(format!("lora-seed1-{number}"));
             std::fs::create_dir(&run).unwrap();

@@ -22,6 +22,7 @@ pub mod graft;
 pub mod half_reset;
 pub mod images;
 pub mod init;
+pub mod intrinsic_dimension;
 pub mod measure;
 mod merged;
 pub mod open;

@@ -9,7 +9,6 @@ use retune_core::change::Changes;
 use retune_core::model::Tuned;
 use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
-use retune_core::weights::{Packing, Weights};
 use retune_files::Dtype;
 use retune_files::compeft::CompeftFile;
 use retune_files::safetensors::{Safetensors, SafetensorsFile, TensorSpec, write_safetensors};
@@ -20,6 +19,7 @@ use retune_methods::compressed::is_drawn;
 use retune_methods::lora::initial_factor;
 use retune_run::compress::{Base, Compressed};
 use retune_run::export::merged;
+use retune_testkit::open::weights;
 use tensor::Device;
 
 const HALF: Settings = Settings { density: 0.5, alpha: 1.5 };
@@ -31,13 +31,7 @@ fn pack() -> PathBuf {
 /// Every weight of the tiny base after an adapter was merged in.
 fn merged_weights(adapter: &Adapter, folder: &Path) -> BTreeMap<String, Vec<f32>> {
     let checkpoint = retune_models::open(&pack().join("base")).unwrap();
-    let weights = Weights::new(
-        Arc::clone(&checkpoint.source),
-        Arc::clone(checkpoint.model.spec()),
-        Packing::default(),
-        &Device::flex(),
-    )
-    .unwrap();
+    let weights = weights(Arc::clone(&checkpoint.source), checkpoint.model.spec());
     let mut parameters = Parameters::new(&Device::flex());
     let changes: Changes =
         adapter.method().unwrap().attach(&weights, &mut parameters, Seed(0)).unwrap();
@@ -150,13 +144,7 @@ fn a_damaged_file_is_an_error() {
 #[test]
 fn factors_are_drawn_again_as_they_were() {
     let checkpoint = retune_models::open(&pack().join("base")).unwrap();
-    let weights = Weights::new(
-        Arc::clone(&checkpoint.source),
-        Arc::clone(checkpoint.model.spec()),
-        Packing::default(),
-        &Device::flex(),
-    )
-    .unwrap();
+    let weights = weights(Arc::clone(&checkpoint.source), checkpoint.model.spec());
     for case in ["lora", "lora_emb"] {
         let method = Adapter::read(&pack().join(case)).unwrap().method().unwrap();
         let mut parameters = Parameters::new(&Device::flex());

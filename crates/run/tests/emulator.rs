@@ -13,11 +13,12 @@ use retune_core::model::{Model, Output, Tuned};
 use retune_core::parameters::{Parameters, to_vec};
 use retune_core::pass::KeyValueCache;
 use retune_core::random::Seed;
-use retune_core::weights::{Packing, Stored, WeightSource, Weights};
+use retune_core::weights::{Stored, WeightSource, Weights};
 use retune_methods::lora::{Lora, LoraOptions};
 use retune_models::Emulator;
 use retune_models::config::Config;
 use retune_testkit::golden::assert_close;
+use retune_testkit::open::weights;
 use retune_testkit::tiny::{MemorySource, configs};
 use serde_json::{Value, json};
 use tensor::Device;
@@ -35,11 +36,6 @@ fn config(layers: usize, more: Value) -> Config {
 
 fn emulated() -> Config {
     config(2, json!({"retune_emulator": {"order": ORDER, "kept": OWN}}))
-}
-
-fn weights(model: &dyn Model, source: MemorySource) -> Weights {
-    let spec = Arc::clone(model.spec());
-    Weights::new(Arc::new(source), spec, Packing::default(), &Device::flex()).unwrap()
 }
 
 /// Makes the emulator and a model of five blocks that holds the same weights as often as they run.
@@ -60,7 +56,8 @@ fn both() -> [(Box<dyn Model>, Weights); 2] {
         };
         written_out.insert(&weight.name, &weight.shape, values);
     }
-    let (a, b) = (weights(&*small, source), weights(&*large, written_out));
+    let (a, b) =
+        (weights(Arc::new(source), small.spec()), weights(Arc::new(written_out), large.spec()));
     [(small, a), (large, b)]
 }
 
@@ -113,7 +110,8 @@ fn repeated_blocks_give_the_numbers_of_blocks_written_out_and_are_stored_once() 
     // Each matrix is packed once however often its block runs.
     let two = retune_models::build(&config(2, json!({}))).unwrap();
     let source = MemorySource::random(two.spec(), Seed(3));
-    let plain = (two, weights(&*retune_models::build(&config(2, json!({}))).unwrap(), source));
+    let spec = Arc::clone(two.spec());
+    let plain = (two, weights(Arc::new(source), &spec));
     logits(&plain, &IDS, 0, None);
     assert_eq!(small.1.resident_bytes(), plain.1.resident_bytes());
     assert!(large.1.resident_bytes() > small.1.resident_bytes());

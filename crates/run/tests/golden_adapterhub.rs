@@ -51,6 +51,11 @@ fn beside_the_feed_forward() {
 }
 
 #[test]
+fn kronecker_products_with_shared_factors() {
+    check("compacter");
+}
+
+#[test]
 fn pickles_and_foreign_tensors_are_refused_by_name() {
     let home = tempfile::tempdir().unwrap();
     let from = folder("adapterhub/seq_bn");

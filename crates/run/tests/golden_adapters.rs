@@ -9,11 +9,12 @@ use retune_core::change::{Changes, Mode, Scope};
 use retune_core::model::{Output, Tuned};
 use retune_core::parameters::{Parameters, to_vec};
 use retune_core::random::Seed;
-use retune_core::weights::{Packing, Weights};
+use retune_core::weights::Weights;
 use retune_files::Dtype;
 use retune_files::safetensors::SafetensorsFile;
 use retune_methods::adapter::Adapter;
 use retune_run::export::merged;
+use retune_testkit::open::weights;
 use tensor::Device;
 
 fn pack() -> PathBuf {
@@ -23,7 +24,7 @@ fn pack() -> PathBuf {
 fn base_weights() -> Weights {
     let checkpoint = retune_models::open(&pack().join("base")).unwrap();
     let spec = Arc::clone(checkpoint.model.spec());
-    Weights::new(checkpoint.source, spec, Packing::default(), &Device::flex()).unwrap()
+    weights(checkpoint.source, &spec)
 }
 
 fn check(case: &str) {
@@ -41,13 +42,7 @@ fn check_with(
     prepare: impl Fn(&Weights, &Changes, &mut Parameters, &SafetensorsFile),
 ) {
     let checkpoint = retune_models::open(&pack().join("base")).unwrap();
-    let weights = Weights::new(
-        Arc::clone(&checkpoint.source),
-        Arc::clone(checkpoint.model.spec()),
-        Packing::default(),
-        &Device::flex(),
-    )
-    .unwrap();
+    let weights = weights(Arc::clone(&checkpoint.source), checkpoint.model.spec());
     let folder = pack().join(case);
     let want = SafetensorsFile::open(folder.join("expected.safetensors")).unwrap();
     let mut adapter = Adapter::read(&folder).unwrap();
@@ -407,13 +402,7 @@ fn psoft() {
 #[test]
 fn a_missing_tensor_is_named() {
     let checkpoint = retune_models::open(&pack().join("base")).unwrap();
-    let weights = Weights::new(
-        Arc::clone(&checkpoint.source),
-        Arc::clone(checkpoint.model.spec()),
-        Packing::default(),
-        &Device::flex(),
-    )
-    .unwrap();
+    let weights = weights(Arc::clone(&checkpoint.source), checkpoint.model.spec());
     let folder = pack().join("lora");
     let mut adapter = Adapter::read(&folder).unwrap();
     let lost = adapter.tensors.keys().next().unwrap().clone();

@@ -6,18 +6,17 @@ use std::sync::Arc;
 use retune_core::batch::{Batch, Document};
 use retune_core::model::{Output, Tuned};
 use retune_core::parameters::to_vec;
-use retune_core::weights::{Packing, Weights};
 use retune_run::adapters::{InForce, attach_adapters, read_adapters};
 use retune_run::export::merged;
 use retune_run::open::Opened;
 use retune_testkit::golden::{Tensors, folder};
-use tensor::Device;
+use retune_testkit::open::weights;
 
 fn base() -> Opened {
     let checkpoint = retune_models::open(&folder("peft/base")).unwrap();
     let spec = Arc::clone(checkpoint.model.spec());
     let source = Arc::clone(&checkpoint.source);
-    let weights = Weights::new(source, spec, Packing::default(), &Device::flex()).unwrap();
+    let weights = weights(source, &spec);
     let fingerprint = checkpoint.fingerprint();
     Opened { checkpoint, weights, fingerprint, under: Vec::new() }
 }

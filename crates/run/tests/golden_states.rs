@@ -8,9 +8,12 @@ use retune_core::batch::Batch;
 use retune_core::model::{Output, Tuned};
 use retune_core::parameters::{Parameters, to_vec};
 use retune_core::random::Seed;
-use retune_core::weights::{Packing, Weights};
 use retune_methods::adapter::Adapter;
+use retune_methods::registry;
+use retune_options::Document;
 use retune_testkit::golden::{Tensors, assert_close, folder};
+use retune_testkit::open::weights;
+use retune_train::backprop::Backprop;
 use tensor::Device;
 
 fn logits(tuned: &Tuned<'_>, batch: &Batch) -> Vec<f32> {
@@ -28,8 +31,7 @@ fn check(case: &str, extra: usize, tasks: Option<Vec<usize>>) {
     let checkpoint = retune_models::open(&folder("peft/base")).unwrap();
     let spec = checkpoint.model.spec();
     let source = Arc::clone(&checkpoint.source);
-    let weights =
-        Weights::new(source, Arc::clone(spec), Packing::default(), &Device::flex()).unwrap();
+    let weights = weights(source, spec);
     let path = folder(&format!("peft/{case}"));
     let adapter = Adapter::read(&path).unwrap();
     let method = adapter.method().unwrap();
@@ -94,4 +96,42 @@ fn lily() {
 #[should_panic(expected = "mpt[")]
 fn tasks_matter() {
     check("mpt", 5, Some(vec![0, 0]));
+}
+
+/// Answers of the context are learned beside those of the data, the less the further they are.
+#[test]
+fn cpt_learns_from_its_context_as_peft_does() {
+    let checkpoint = retune_models::open(&folder("peft/base")).unwrap();
+    let spec = checkpoint.model.spec();
+    let source = Arc::clone(&checkpoint.source);
+    let weights =
+        Weights::new(source, Arc::clone(spec), Packing::default(), &Device::flex()).unwrap();
+    let want = Tensors::open("cpt/expected.safetensors");
+    let mut documents = want.rows().documents();
+    for document in &mut documents {
+        document.learn = (0..document.tokens.len()).map(|place| place > 0).collect();
+    }
+    let batch = Batch::new(&documents).unwrap();
+    for (kind, factor) in [("none", 1.0), ("decay", 0.7)] {
+        let options = format!(
+            "context = [5, 17, 9, 33, 60, 8, 21, 90, 14, 77]\nkinds = [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]\n\
+             weighted_loss = '{kind}'\nloss_decay = {factor:?}"
+        );
+        let document = Document::parse("options", &options).unwrap();
+        let plugin = registry::find("cpt").unwrap();
+        let (method, _) = document.read(|reader| (plugin.read)(reader)).unwrap();
+        let mut parameters = Parameters::new(&Device::flex());
+        let changes = method.attach(&weights, &mut parameters, Seed(0)).unwrap();
+        let shift = parameters.find("delta_embedding").unwrap();
+        parameters.set(shift, want.floats("delta")).unwrap();
+        let model = &*checkpoint.model;
+        let tuned = Tuned { model, weights: &weights, changes: &changes, parameters: &parameters };
+        let learner = Backprop { seed: Seed(0), recompute: false };
+        let found = learner.step(&tuned, std::slice::from_ref(&batch), 0).unwrap();
+        let loss = [found.loss as f32];
+        assert_close(&format!("{kind} loss"), &loss, &want.floats(&format!("{kind}.loss")), 1e-5);
+        let gradient = found.gradients[shift.index()].as_deref().unwrap();
+        let expected = want.floats(&format!("{kind}.gradient"));
+        assert_close(&format!("{kind} gradient"), gradient, &expected, 1e-5);
+    }
 }

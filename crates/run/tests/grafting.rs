@@ -13,7 +13,7 @@ use retune_core::model::{Model, Tuned};
 use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
 use retune_core::spec::Role;
-use retune_core::weights::{Packing, Stored, WeightSource, Weights};
+use retune_core::weights::{Stored, Weights};
 use retune_evaluate::answers::Answers;
 use retune_methods::adapter::Adapter;
 use retune_run::export::merged;
@@ -21,19 +21,17 @@ use retune_run::graft::pair::{Bench, Pair};
 use retune_run::graft::search::{BaseMask, Found, Settings, Task, search};
 use retune_run::graft::sparse::{adapter, compose, overlaps, region};
 use retune_run::graft::{Keep, Region};
+use retune_testkit::golden;
+use retune_testkit::open::weights;
 use retune_testkit::tiny::MemorySource;
 use retune_train::backprop::Backprop;
 use tensor::Device;
 
 fn open() -> (Box<dyn Model>, Weights) {
-    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testkit/golden/training/llama/base");
+    let base = golden::folder("training/llama/base");
     let checkpoint = retune_models::open(&base).unwrap();
-    let weights = weights(&*checkpoint.model, Arc::clone(&checkpoint.source));
+    let weights = weights(Arc::clone(&checkpoint.source), checkpoint.model.spec());
     (checkpoint.model, weights)
-}
-
-fn weights(model: &dyn Model, source: Arc<dyn WeightSource>) -> Weights {
-    Weights::new(source, Arc::clone(model.spec()), Packing::default(), &Device::flex()).unwrap()
 }
 
 /// A model whose weights in blocks moved by noise, more so in the first block.
@@ -49,7 +47,7 @@ fn tuned(model: &dyn Model, base: &Weights, seed: u64) -> Weights {
         }
         source.insert(&weight.name, &weight.shape, values);
     }
-    weights(model, Arc::new(source))
+    weights(Arc::new(source), model.spec())
 }
 
 fn batches() -> Vec<Batch> {
@@ -296,14 +294,17 @@ fn models_that_do_not_belong_together_are_refused() {
     refused(&base, "nothing to graft");
     let name = "model.layers.1.mlp.up_proj.weight";
     let nan = with(&base, name, |values| values[3] = f32::NAN);
-    refused(&weights(&*model, Arc::new(nan)), "index 3");
+    refused(&weights(Arc::new(nan), model.spec()), "index 3");
     // Only an embedding moved: that is no part of a graft.
     let embedding = base.spec().weights.iter().find(|w| w.role == Role::Embedding).unwrap();
     let moved = with(&base, &embedding.name, |values| values[0] += 1.0);
-    refused(&weights(&*model, Arc::new(moved)), "nothing to graft");
+    refused(&weights(Arc::new(moved), model.spec()), "nothing to graft");
     let qwen = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testkit/golden/training/qwen2/base");
     let other = retune_models::open(&qwen).unwrap();
-    refused(&weights(&*other.model, Arc::clone(&other.source)), "does not belong to this base");
+    refused(
+        &weights(Arc::clone(&other.source), other.model.spec()),
+        "does not belong to this base",
+    );
 }
 
 #[test]

@@ -14,16 +14,15 @@ use retune_core::event::{Event, Observer};
 use retune_core::method::ParameterState;
 use retune_core::random::Seed;
 use retune_core::spec::WeightSpec;
-use retune_core::weights::{Packing, Weights};
 use retune_methods::registry;
 use retune_models::config::Config;
 use retune_options::Document as Toml;
+use retune_testkit::open::weights;
 use retune_testkit::tiny::{MemorySource, configs};
 use retune_train::optimizer::AdamW;
 use retune_train::schedule::{Schedule, Shape};
 use retune_train::training::{BatchSource, Training, Walk};
 use serde_json::json;
-use tensor::Device;
 
 /// Bytes in use, and the most since [`Held::on_event`] looked last.
 static LIVE: AtomicUsize = AtomicUsize::new(0);
@@ -96,8 +95,7 @@ fn sparse_methods_never_hold_the_gradient_of_the_whole_model() {
     let model = retune_models::build(&Config::new(Path::new("config.json"), config)).unwrap();
     let source = Arc::new(MemorySource::random(model.spec(), Seed(1)));
     let spec = Arc::clone(model.spec());
-    let weights =
-        Weights::new(source, Arc::clone(&spec), Packing::default(), &Device::flex()).unwrap();
+    let weights = weights(source, &spec);
     let targeted: Vec<&WeightSpec> = spec.linears().filter(|w| w.layer.is_some()).collect();
     let dense: usize = targeted.iter().map(|weight| 4 * weight.count()).sum();
     let largest = targeted.iter().map(|weight| 4 * weight.count()).max().unwrap();

@@ -16,6 +16,7 @@ use retune_models::config::Config;
 use retune_models::export::{SHARD_BYTES, write_folder};
 use retune_run::open::Opened;
 use retune_run::ship::{Shift, Shipping, Way};
+use retune_testkit::open::weights;
 use retune_testkit::run::outputs;
 use retune_testkit::tiny::{MemorySource, configs};
 use serde_json::json;
@@ -39,8 +40,7 @@ fn base(folder: &Path) -> (Box<dyn Model>, MemorySource) {
     let source = MemorySource::random(model.spec(), Seed(21));
     let stored = source.clone();
     let spec = Arc::clone(model.spec());
-    let weights =
-        Weights::new(Arc::new(stored), spec, Packing::default(), &Device::flex()).unwrap();
+    let weights = weights(Arc::new(stored), &spec);
     write_folder(folder, model.spec(), Dtype::F32, SHARD_BYTES, &[], |w| weights.values(&w.name))
         .unwrap();
     (model, source)
@@ -112,8 +112,7 @@ fn round(weight: &WeightSpec, values: &mut [f32]) {
 /// The weights of a way by its formula.
 fn expected(model: &dyn Model, source: &MemorySource, way: Way) -> Arc<dyn WeightSource> {
     let spec = Arc::clone(model.spec());
-    let weights =
-        Weights::new(Arc::new(source.clone()), spec, Packing::default(), &Device::flex()).unwrap();
+    let weights = weights(Arc::new(source.clone()), &spec);
     let mut out = MemorySource::default();
     for weight in &model.spec().weights {
         let mut values = weights.values(&weight.name).unwrap();

@@ -15,12 +15,13 @@ use retune_core::parameters::{Parameters, to_vec};
 use retune_core::pass::KeyValueCache;
 use retune_core::random::Seed;
 use retune_core::spec::Head;
-use retune_core::weights::{Packing, WeightSource, Weights};
+use retune_core::weights::{WeightSource, Weights};
 use retune_methods::adapter::Adapter;
 use retune_methods::registry;
 use retune_models::config::Config;
 use retune_options::Document as Text;
 use retune_testkit::golden::assert_close;
+use retune_testkit::open::weights;
 use retune_testkit::tiny::{MemorySource, configs};
 use retune_train::backprop::Backprop;
 use tensor::Device;
@@ -70,7 +71,7 @@ fn open(config: &serde_json::Value) -> (Box<dyn Model>, Weights) {
         retune_models::build(&Config::new(Path::new("config.json"), config.clone())).unwrap();
     let source: Arc<dyn WeightSource> = Arc::new(MemorySource::random(model.spec(), Seed(3)));
     let spec = Arc::clone(model.spec());
-    let weights = Weights::new(source, spec, Packing::default(), &Device::flex()).unwrap();
+    let weights = weights(source, &spec);
     (model, weights)
 }
 

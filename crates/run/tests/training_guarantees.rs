@@ -10,8 +10,10 @@ use retune_core::method::Method;
 use retune_core::model::{Model, Tuned};
 use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
-use retune_core::weights::{Packing, Weights};
+use retune_core::weights::Weights;
 use retune_methods::lora::{Lora, LoraOptions};
+use retune_testkit::golden;
+use retune_testkit::open::weights;
 use retune_train::backprop::{Backprop, StepResult};
 use retune_train::checkpoint;
 use retune_train::optimizer::{AdamW, Optimizer};
@@ -20,18 +22,12 @@ use retune_train::training::{BatchSource, Training, Validation, Walk};
 use tensor::Device;
 
 fn base() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../testkit/golden/training/llama/base")
+    golden::folder("training/llama/base")
 }
 
 fn open() -> (Box<dyn Model>, Weights) {
     let checkpoint = retune_models::open(&base()).unwrap();
-    let weights = Weights::new(
-        Arc::clone(&checkpoint.source),
-        Arc::clone(checkpoint.model.spec()),
-        Packing::default(),
-        &Device::flex(),
-    )
-    .unwrap();
+    let weights = weights(Arc::clone(&checkpoint.source), checkpoint.model.spec());
     (checkpoint.model, weights)
 }
 

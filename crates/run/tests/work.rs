@@ -1,7 +1,6 @@
 //! What a step costs, in multiply-adds: counted, not timed, so that it can be checked anywhere.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-use std::path::Path;
 use std::sync::Arc;
 
 use retune_core::batch::{Batch, Document};
@@ -11,24 +10,19 @@ use retune_core::model::{Model, Tuned};
 use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
 use retune_core::spec::{Role, WeightSpec};
-use retune_core::weights::{Packing, Weights};
+use retune_core::weights::Weights;
 use retune_methods::full::Full;
 use retune_methods::lora::{Lora, LoraOptions};
+use retune_testkit::golden;
+use retune_testkit::open::weights;
 use retune_train::backprop::Backprop;
-use tensor::Device;
 
 const RANK: u64 = 4;
 
 fn open() -> (Box<dyn Model>, Weights) {
-    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testkit/golden/training/llama/base");
+    let base = golden::folder("training/llama/base");
     let checkpoint = retune_models::open(&base).unwrap();
-    let weights = Weights::new(
-        Arc::clone(&checkpoint.source),
-        Arc::clone(checkpoint.model.spec()),
-        Packing::default(),
-        &Device::flex(),
-    )
-    .unwrap();
+    let weights = weights(Arc::clone(&checkpoint.source), checkpoint.model.spec());
     (checkpoint.model, weights)
 }
 

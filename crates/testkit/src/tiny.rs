@@ -70,6 +70,17 @@ pub fn image_configs() -> Vec<(&'static str, Value)> {
     vec![("vit classes", vit), ("clip", clip)]
 }
 
+/// Returns configurations of models with an encoder beside a decoder: 2 blocks each of width 16 and
+/// 4 heads, 32 tokens, 64 positions.
+pub fn sided_configs() -> Vec<(&'static str, Value)> {
+    let t5 = json!({"architectures": ["T5ForConditionalGeneration"], "model_type": "t5",
+        "vocab_size": 32, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 4, "num_layers": 2,
+        "num_decoder_layers": 2, "is_encoder_decoder": true, "decoder_start_token_id": 0,
+        "n_positions": 32, "dropout_rate": 0.0, "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 12});
+    vec![("t5", t5)]
+}
+
 fn merge(config: &mut Value, extra: Value) {
     if let (Value::Object(config), Value::Object(extra)) = (config, extra) {
         config.extend(extra);

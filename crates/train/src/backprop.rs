@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use retune_core::batch::Batch;
 use retune_core::change::{Changes, Mode};
+use retune_core::kernels::Spans;
 use retune_core::method::Reference;
 use retune_core::model::{Output, Tuned, cross_entropy};
 use retune_core::parameters::{Parameters, to_vec};
@@ -81,6 +82,12 @@ impl Backprop {
             return Err(Error::NothingToLearn { step: step + 1, rows: row_list(micro_batches) });
         }
         let num_rows: usize = micro_batches.iter().map(|batch| row_labels(batch, head).1).sum();
+        // Labels of a prompt stand before every row that has labels of its own.
+        let of_prompt = match head {
+            Head::Language { .. } => tuned.changes.virtual_targets().into_iter().flatten().count(),
+            _ => 0,
+        };
+        let num_labels = num_labels + num_rows * of_prompt;
         let empty = || tuned.parameters.iter().map(|_| None).collect::<FlatGradients>();
         let mut result = StepResult {
             loss: 0.0,
@@ -98,7 +105,8 @@ impl Backprop {
             let open = || Pass::new(tuned.weights, tuned.changes, tuned.parameters, batch, mode);
             let mut pass = open()?;
             let weighing = if demands.rows_alike {
-                Weighing::Rows(row_labels(batch, head).0, num_rows)
+                let labels = row_labels(batch, head).0.into_iter();
+                Weighing::Rows(labels.map(|count| count + of_prompt).collect(), num_rows)
             } else {
                 Weighing::Labels(num_labels)
             };
@@ -197,9 +205,16 @@ fn weighted_loss(
     output: Output,
     weighing: &Weighing,
 ) -> retune_core::Result<Tensor<1>> {
-    let spans = pass.spans().clone();
     let (losses, of_tokens) = match output {
-        Output::States(states) => (pass.token_losses(states)?, true),
+        Output::States(states) => {
+            if let Some(of_prompt) = pass.virtual_losses(states.clone())? {
+                let own = pass.token_losses(states)?;
+                let spans = (pass.batch().spans.clone(), pass.spans().clone());
+                return Ok(weighted(own, weighing, Some(&spans.0))
+                    + weighted(of_prompt, weighing, Some(&spans.1)));
+            }
+            (pass.token_losses(states)?, true)
+        }
         Output::Classes(logits) => {
             let class = |class: &Option<u32>| class.map(|class| class as usize);
             let classes: Vec<_> = pass.batch().classes.iter().map(class).collect();
@@ -208,22 +223,29 @@ fn weighted_loss(
         Output::Pairs(pairs) => (pairs.losses(pass.batch()), false),
         Output::Embeddings(_) => return Err(no_loss_on_vectors()),
     };
+    let spans = of_tokens.then(|| pass.batch().spans.clone());
+    Ok(weighted(losses, weighing, spans.as_ref()))
+}
+
+/// Adds up losses, one for each row of the documents of `spans` or one for each document.
+fn weighted(losses: Tensor<1>, weighing: &Weighing, spans: Option<&Spans>) -> Tensor<1> {
     match weighing {
-        Weighing::Labels(count) => Ok(losses.sum().mul_scalar(1.0 / *count as f64)),
+        Weighing::Labels(count) => losses.sum().mul_scalar(1.0 / *count as f64),
         Weighing::Rows(labels, rows) => {
             let weight = |count: usize| 1.0 / (count.max(1) * rows) as f32;
-            let weights: Vec<f32> = if of_tokens {
-                let of_span = |(span, count): (std::ops::Range<usize>, &usize)| {
-                    std::iter::repeat_n(weight(*count), span.len())
-                };
-                spans.iter().zip(labels).flat_map(of_span).collect()
-            } else {
-                labels.iter().map(|count| weight(*count)).collect()
+            let weights: Vec<f32> = match spans {
+                Some(spans) => {
+                    let of_span = |(span, count): (std::ops::Range<usize>, &usize)| {
+                        std::iter::repeat_n(weight(*count), span.len())
+                    };
+                    spans.iter().zip(labels).flat_map(of_span).collect()
+                }
+                None => labels.iter().map(|count| weight(*count)).collect(),
             };
             let count = weights.len();
             let device = losses.clone().inner().device();
             let weights = Tensor::<1>::from_data(TensorData::new(weights, [count]), &device);
-            Ok((losses * weights).sum())
+            (losses * weights).sum()
         }
     }
 }

@@ -270,7 +270,7 @@ impl<'a> Training<'a> {
             seed: self.walk.seed,
         };
         self.method.on_gradients(&mut view)?;
-        let norm = global_norm(view.gradients);
+        let norm = retune_core::kernels::in_pool(|| global_norm(view.gradients));
         if !norm.is_finite() {
             return Err(self.not_finite("gradient norm", norm, &micro_batches));
         }

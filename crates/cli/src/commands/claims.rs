@@ -2,9 +2,12 @@
 
 use std::path::Path;
 
-use retune_claims::{CLAIMS, Claim, page};
+use retune_claims::{CLAIMS, Claim, Prove, page};
+use retune_hub::Offline;
+use retune_run::open::Located;
 use serde_json::json;
 
+use crate::commands::session::with_environment;
 use crate::environment::clock;
 use crate::failure::Failure;
 
@@ -32,7 +35,17 @@ pub(crate) fn claims(
         if !json {
             eprintln!("{:02} {} …", claim.number, claim.name);
         }
-        match (claim.prove)(clock) {
+        let found = match claim.prove {
+            Prove::Alone(prove) => prove(clock),
+            Prove::On(model, prove) => match at_hand(model)? {
+                Ok(located) => prove(&located),
+                Err(why) => {
+                    left_out(claim, model, &why, json);
+                    continue;
+                }
+            },
+        };
+        match found {
             Ok(proof) => {
                 let took = clock() - started;
                 if json {
@@ -77,4 +90,27 @@ pub(crate) fn claims(
         return Ok(());
     }
     Err(Failure::Failed(broken.join("\n")))
+}
+
+/// Finds a model without fetching it; the inner error says why it is not at hand.
+fn at_hand(model: &str) -> Result<Result<Located, String>, Failure> {
+    with_environment(true, |environment| {
+        environment.fetch = &Offline;
+        Ok(Located::find(model, environment).map_err(|error| error.to_string()))
+    })
+}
+
+/// Says that a proof was not run.
+fn left_out(claim: &Claim, model: &str, why: &str, json: bool) {
+    if json {
+        println!(
+            "{}",
+            json!({"claim": claim.number, "name": claim.name, "left_out": true, "needs": model})
+        );
+        return;
+    }
+    let reason = why.lines().next().unwrap_or_default();
+    println!("{:02} {}: left out, it needs the model `{model}`", claim.number, claim.name);
+    println!("  {reason}");
+    println!("  every other command that names the model fetches it");
 }

@@ -30,20 +30,18 @@ pub(crate) fn compare(
             )));
         }
     }
-    let path = std::path::absolute(&arguments.recipe).unwrap_or(arguments.recipe.clone());
-    let name = path.display().to_string();
-    let bytes = std::fs::read(&path).map_err(|error| {
-        Failure::Usage(format!(
-            "{name}: the recipe cannot be read: {error}\n  help: `retune new {name}` writes one"
-        ))
-    })?;
+    let (name, bytes) = read(arguments)?;
     let first = methods.first().map(String::as_str);
     let (recipe, _) =
         Recipe::parse_as(&name, &bytes, &arguments.set, first).map_err(Failure::Recipe)?;
     let folder = recipe.runs.join(format!("{}-compare", recipe.name));
     let folder = std::path::absolute(&folder).unwrap_or(folder);
     let arms = methods.iter().flat_map(|method| {
-        (0..seeds).map(|add| Arm { method: method.clone(), seed: recipe.seed.wrapping_add(add) })
+        (0..seeds).map(|add| Arm {
+            method: method.clone(),
+            variant: None,
+            seed: recipe.seed.wrapping_add(add),
+        })
     });
     // Every recipe is checked before the first run begins.
     let arms = arms
@@ -53,24 +51,10 @@ pub(crate) fn compare(
             Ok((arm, text))
         })
         .collect::<Result<Vec<_>, Failure>>()?;
-    let recipes = folder.join("recipes");
-    std::fs::create_dir_all(&recipes).map_err(|error| {
-        Failure::Failed(format!("{}: the folder cannot be made: {error}", recipes.display()))
-    })?;
     let mut results = Vec::new();
     for (place, (arm, text)) in arms.iter().enumerate() {
         let what = format!("[{}/{}] {} with seed {}", place + 1, arms.len(), arm.method, arm.seed);
-        let result = match carry_out(&folder, arm, text, &what, json) {
-            Ok(result) => result,
-            Err(error) => ArmResult::failed(arm.clone(), error),
-        };
-        if !json {
-            match &result.error {
-                Some(error) => eprintln!("{what}: failed: {}", error.lines().next().unwrap_or("")),
-                None => eprintln!("{what}: {}", shown(&result)),
-            }
-        }
-        results.push(result);
+        results.push(carry_out(&folder, arm, text, &what, json)?);
         // Written after every run: what is done stays visible if the rest never comes.
         write(&folder, &Comparison::of(&recipe.name, None, results.clone())?)?;
     }
@@ -83,8 +67,44 @@ pub(crate) fn compare(
     Ok(())
 }
 
-/// Keeps, continues or makes one run.
-fn carry_out(
+/// Returns the whole path of a recipe, and what it holds.
+pub(super) fn read(arguments: &RecipeArguments) -> Result<(String, Vec<u8>), Failure> {
+    let path = std::path::absolute(&arguments.recipe).unwrap_or(arguments.recipe.clone());
+    let name = path.display().to_string();
+    let bytes = std::fs::read(&path).map_err(|error| {
+        Failure::Usage(format!(
+            "{name}: the recipe cannot be read: {error}\n  help: `retune new {name}` writes one"
+        ))
+    })?;
+    Ok((name, bytes))
+}
+
+/// Keeps, continues or makes one run, and says how it ended; one that fails is a result too.
+pub(super) fn carry_out(
+    folder: &Path,
+    arm: &Arm,
+    text: &str,
+    what: &str,
+    quiet: bool,
+) -> Result<ArmResult, Failure> {
+    let recipes = folder.join("recipes");
+    std::fs::create_dir_all(&recipes).map_err(|error| {
+        Failure::Failed(format!("{}: the folder cannot be made: {error}", recipes.display()))
+    })?;
+    let result = match finished(folder, arm, text, what, quiet) {
+        Ok(result) => result,
+        Err(error) => ArmResult::failed(arm.clone(), error),
+    };
+    if !quiet {
+        match &result.error {
+            Some(error) => eprintln!("{what}: failed: {}", error.lines().next().unwrap_or("")),
+            None => eprintln!("{what}: {}", shown(&result)),
+        }
+    }
+    Ok(result)
+}
+
+fn finished(
     folder: &Path,
     arm: &Arm,
     text: &str,

@@ -60,7 +60,8 @@ pub(crate) fn run(arguments: &MergeArguments, json: bool) -> Result<(), Failure>
 /// Finds a model or adapter: a path, a name retune knows, or `org/name` of the hub.
 fn locate(name: &str, environment: &mut Environment<'_>) -> Result<PathBuf, Error> {
     let path = Path::new(name);
-    if path.exists() {
+    let is_gguf = |path: &Path| path.is_file() && path.extension().is_some_and(|e| e == "gguf");
+    if path.exists() && !is_gguf(path) {
         return Ok(path.to_path_buf());
     }
     // mergekit writes the hub's names as they are.
@@ -72,7 +73,9 @@ fn locate(name: &str, environment: &mut Environment<'_>) -> Result<PathBuf, Erro
         return Ok(located.path);
     }
     Err(Error::NotFound(format!(
-        "{name} is a GGUF file; merging works on Hugging Face folders and safetensors files"
+        "{name} cannot be merged: expected a Hugging Face folder or a safetensors file, found a GGUF \
+         file; write a folder with `retune export --model {name} --format hf --output FOLDER` and \
+         give that"
     )))
 }
 

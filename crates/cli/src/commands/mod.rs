@@ -17,6 +17,7 @@ mod generate;
 pub(crate) mod graft;
 pub(crate) mod half_reset;
 mod init;
+mod intrinsic_dimension;
 mod logits;
 mod merge;
 mod new;
@@ -38,6 +39,9 @@ pub(crate) fn dispatch(arguments: Arguments) -> Result<(), Failure> {
         Command::Plan(recipe) => run::plan(&recipe, json),
         Command::Compare { recipe, methods, seeds, metric } => {
             compare::compare(&recipe, &methods, seeds, metric.as_deref(), json)
+        }
+        Command::IntrinsicDimension { recipe, probe } => {
+            intrinsic_dimension::intrinsic_dimension(&recipe, &probe, json)
         }
         Command::Claims { numbers, quick, output } => {
             claims::claims(&numbers, quick, &output, json)

@@ -90,7 +90,11 @@ fn broken_rows_are_errors_with_their_line() {
 fn missing_files_and_folders_are_errors() {
     let folder = tempfile::tempdir().unwrap();
     let missing = RowFile::open(&folder.path().join("no.jsonl"), &ReadOptions::default());
-    assert!(missing.unwrap_err().to_string().contains("cannot open"));
+    let error = missing.unwrap_err().to_string();
+    assert!(error.contains("cannot open") && !error.contains("README"), "{error}");
+    fs::write(folder.path().join("README.md"), "where it comes from").unwrap();
+    let missing = RowFile::open(&folder.path().join("no.jsonl"), &ReadOptions::default());
+    assert!(missing.unwrap_err().to_string().contains("README.md may say where it comes from"));
     fs::create_dir(folder.path().join("d.jsonl")).unwrap();
     let dir = RowFile::open(&folder.path().join("d.jsonl"), &ReadOptions::default());
     assert!(dir.unwrap_err().to_string().contains("this is a folder"));

@@ -31,8 +31,8 @@ pub enum CompeftProblem {
         /// The first bytes, at most eight.
         found: Vec<u8>,
     },
-    /// The version is a later one.
-    #[error("has version {0}, this program reads version 1; use a newer retune")]
+    /// The version is one this program does not know.
+    #[error("has version {0}, this program reads versions 1 and 2; use a newer retune")]
     Version(u8),
     /// The file is shorter or longer than its header says.
     #[error("{what}: expected {expected} bytes, got {got}; copy the file again")]

@@ -5,12 +5,13 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use miniz_oxide::inflate;
 use sha2::{Digest, Sha256};
 
 use super::error::{CompeftError, CompeftProblem};
 use super::{
-    CHECKSUM, HEAD_BYTES, MAGIC, MAX_ENTRIES_PER_BYTE, MAX_HEADER_BYTES, RawHeader, RawTensor,
-    Sizes,
+    CHECKSUM_BYTES, MAGIC, MAX_ENTRIES_PER_BYTE, MAX_HEADER_BYTES, RawHeader, RawTensor, Sizes,
+    header,
 };
 use crate::golomb::{Coding, decode, entropy_bits};
 use crate::near::near;
@@ -236,15 +237,13 @@ impl CompeftTensor<'_> {
 
 impl Header {
     fn parse(bytes: &[u8]) -> Result<Self, CompeftProblem> {
-        let raw = unpack(bytes)?;
+        let (raw, mut start) = unpack(bytes)?;
         let scale = raw.scale as f32;
         if f64::from(scale) != raw.scale {
             let message = format!("the scale {} is no 32-bit number", raw.scale);
             return Err(CompeftProblem::Header(message));
         }
         let mut tensors: BTreeMap<String, Place> = BTreeMap::new();
-        // `unpack` has checked that the header lies inside.
-        let mut start = HEAD_BYTES + field(bytes, 8) as usize;
         let mut entries = 0u64;
         for tensor in raw.tensors {
             if tensors.last_key_value().is_some_and(|(last, _)| *last >= tensor.name) {
@@ -310,42 +309,94 @@ impl Place {
     }
 }
 
-/// Reads the little-endian number at a place that is known to lie inside.
-fn field(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
-}
-
-fn unpack(bytes: &[u8]) -> Result<RawHeader, CompeftProblem> {
+/// Reads the header, and where the streams begin.
+fn unpack(bytes: &[u8]) -> Result<(RawHeader, usize), CompeftProblem> {
     let found = &bytes[..bytes.len().min(MAGIC.len())];
-    if found.len() < MAGIC.len() || found[..7] != MAGIC[..7] {
+    let Some(([start @ .., version], rest)) = bytes.split_first_chunk::<8>() else {
+        return Err(CompeftProblem::Magic { found: found.to_vec() });
+    };
+    if *start != MAGIC[..7] {
         return Err(CompeftProblem::Magic { found: found.to_vec() });
     }
-    if found[7] != MAGIC[7] {
-        return Err(CompeftProblem::Version(found[7]));
-    }
-    let length =
-        |what, expected: u64| CompeftProblem::Length { what, expected, got: bytes.len() as u64 };
-    if bytes.len() < HEAD_BYTES {
-        return Err(length("the head", HEAD_BYTES as u64));
-    }
-    let (packed, unpacked) = (field(bytes, 8), field(bytes, 12));
-    let header_end = HEAD_BYTES as u64 + u64::from(packed);
+    let head = match version {
+        1 => Head::of_version_1(rest),
+        2 => Head::of_version_2(rest),
+        other => return Err(CompeftProblem::Version(*other)),
+    }?;
+    let header_end = (MAGIC.len() + head.num_bytes) as u64 + head.packed;
     if header_end > bytes.len() as u64 {
-        return Err(length("head and header", header_end));
+        return Err(too_short("head and header", header_end, bytes.len()));
     }
-    if unpacked > MAX_HEADER_BYTES {
+    if head.unpacked > u64::from(MAX_HEADER_BYTES) {
+        let unpacked = head.unpacked;
         let message = format!("it takes {unpacked} bytes, at most {MAX_HEADER_BYTES} are read");
         return Err(CompeftProblem::Header(message));
     }
-    if Sha256::digest(&bytes[HEAD_BYTES..])[..] != bytes[CHECKSUM] {
+    if !Sha256::digest(head.checked).starts_with(head.checksum) {
         return Err(CompeftProblem::Checksum);
     }
-    let packed = &bytes[HEAD_BYTES..header_end as usize];
-    let text = miniz_oxide::inflate::decompress_to_vec_zlib_with_limit(packed, unpacked as usize)
-        .map_err(|error| CompeftProblem::Header(error.to_string()))?;
-    if text.len() != unpacked as usize {
-        let message = format!("it unpacks to {} bytes, expected {unpacked}", text.len());
-        return Err(CompeftProblem::Header(message));
+    let header_end = header_end as usize;
+    let packed = &bytes[MAGIC.len() + head.num_bytes..header_end];
+    let limit = head.unpacked as usize;
+    let wrong = |message: String| CompeftProblem::Header(message);
+    let text = match version {
+        1 => inflate::decompress_to_vec_zlib_with_limit(packed, limit),
+        _ => inflate::decompress_to_vec_with_limit(packed, limit),
+    };
+    let text = text.map_err(|error| wrong(error.to_string()))?;
+    if text.len() != limit {
+        return Err(wrong(format!("it unpacks to {} bytes, expected {limit}", text.len())));
     }
-    serde_json::from_slice(&text).map_err(|error| CompeftProblem::Header(error.to_string()))
+    let header = match version {
+        1 => serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?,
+        _ => header::decode(&text).map_err(wrong)?,
+    };
+    Ok((header, header_end))
+}
+
+/// What stands between the version and the header.
+struct Head<'a> {
+    /// Bytes up to the header.
+    num_bytes: usize,
+    checksum: &'a [u8],
+    /// What the checksum is of.
+    checked: &'a [u8],
+    /// Bytes of the header, packed and unpacked.
+    packed: u64,
+    unpacked: u64,
+}
+
+impl<'a> Head<'a> {
+    fn of_version_1(bytes: &'a [u8]) -> Result<Self, CompeftProblem> {
+        const NUM_BYTES: usize = 4 + 4 + 32;
+        let Some((head, checked)) = bytes.split_at_checked(NUM_BYTES) else {
+            let expected = MAGIC.len() + NUM_BYTES;
+            return Err(too_short("the head", expected as u64, MAGIC.len() + bytes.len()));
+        };
+        let length = |at: usize| {
+            u64::from(u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]))
+        };
+        let (packed, unpacked) = (length(0), length(4));
+        Ok(Self { num_bytes: NUM_BYTES, checksum: &head[8..], checked, packed, unpacked })
+    }
+
+    fn of_version_2(bytes: &'a [u8]) -> Result<Self, CompeftProblem> {
+        let Some((checksum, checked)) = bytes.split_at_checked(CHECKSUM_BYTES) else {
+            let expected = MAGIC.len() + CHECKSUM_BYTES;
+            return Err(too_short("the head", expected as u64, MAGIC.len() + bytes.len()));
+        };
+        let mut reader = header::Reader { bytes: checked, at: 0 };
+        let mut length = || match reader.number() {
+            Ok(length) if u32::try_from(length).is_ok() => Ok(length),
+            Ok(length) => Err(CompeftProblem::Header(format!("it takes {length} bytes"))),
+            Err(message) => Err(CompeftProblem::Header(message)),
+        };
+        let (packed, unpacked) = (length()?, length()?);
+        let num_bytes = CHECKSUM_BYTES + reader.at;
+        Ok(Self { num_bytes, checksum, checked, packed, unpacked })
+    }
+}
+
+fn too_short(what: &'static str, expected: u64, got: usize) -> CompeftProblem {
+    CompeftProblem::Length { what, expected, got: got as u64 }
 }

@@ -6,9 +6,13 @@ use std::path::PathBuf;
 use sha2::{Digest, Sha256};
 
 use super::error::{CompeftError, CompeftProblem};
-use super::{CHECKSUM, HEAD_BYTES, MAGIC, MAX_ENTRIES_PER_BYTE, RawHeader, RawTensor};
+use super::header::{encode as encode_header, put_number};
+use super::{CHECKSUM_BYTES, MAGIC, MAX_ENTRIES_PER_BYTE, MAX_HEADER_BYTES, RawHeader, RawTensor};
 use crate::Dtype;
 use crate::golomb::encode;
+
+/// Where what the checksum is of begins.
+const CHECKED_FROM: usize = MAGIC.len() + CHECKSUM_BYTES;
 
 /// Makes a file tensor by tensor; it holds what is coded, which is small.
 ///
@@ -89,25 +93,18 @@ impl CompeftWriter {
             .map(|tensor| tensor.shape.iter().product::<usize>() as u64)
             .sum();
         let header = RawHeader { scale: f64::from(self.scale), metadata: self.metadata, tensors };
-        let text = serde_json::to_vec(&header)
-            .map_err(|error| fail(CompeftProblem::Header(error.to_string())))?;
-        let packed = miniz_oxide::deflate::compress_to_vec_zlib(&text, 9);
-        let count = |bytes: &[u8]| {
-            u32::try_from(bytes.len()).ok().filter(|n| *n <= super::MAX_HEADER_BYTES).ok_or_else(
-                || {
-                    let message = format!(
-                        "it takes {} bytes, at most {} fit",
-                        bytes.len(),
-                        super::MAX_HEADER_BYTES
-                    );
-                    fail(CompeftProblem::Header(message))
-                },
-            )
-        };
+        let unpacked = encode_header(&header);
+        let packed = miniz_oxide::deflate::compress_to_vec(&unpacked, 9);
         let mut out = MAGIC.to_vec();
-        out.extend(count(&packed)?.to_le_bytes());
-        out.extend(count(&text)?.to_le_bytes());
-        out.resize(HEAD_BYTES, 0);
+        out.resize(CHECKED_FROM, 0);
+        for bytes in [&packed, &unpacked] {
+            if bytes.len() > MAX_HEADER_BYTES as usize {
+                let found = bytes.len();
+                let message = format!("it takes {found} bytes, at most {MAX_HEADER_BYTES} fit");
+                return Err(fail(CompeftProblem::Header(message)));
+            }
+            put_number(&mut out, bytes.len() as u64);
+        }
         out.extend(packed);
         for stream in streams {
             out.extend(stream);
@@ -115,8 +112,8 @@ impl CompeftWriter {
         if entries / MAX_ENTRIES_PER_BYTE > out.len() as u64 {
             return Err(fail(CompeftProblem::TooSparse { entries, bytes: out.len() as u64 }));
         }
-        let checksum = Sha256::digest(&out[HEAD_BYTES..]);
-        out[CHECKSUM].copy_from_slice(&checksum);
+        let checksum = Sha256::digest(&out[CHECKED_FROM..]);
+        out[MAGIC.len()..CHECKED_FROM].copy_from_slice(&checksum[..CHECKSUM_BYTES]);
         Ok(out)
     }
 }

@@ -132,7 +132,8 @@ fn parts<T: Tile>(rows: usize, columns: usize, terms: &[Term], threads: usize) -
     let least_across = columns.div_ceil(T::CHUNK).max(1);
     let most_across = columns.div_ceil(granule);
     let most_down = rows.div_ceil(2 * T::ROWS);
-    let packed = |down: usize, across: usize| across * rows + down * columns;
+    let right = terms.iter().map(|term| term.right.packing_cost()).max().unwrap_or(1);
+    let packed = |down: usize, across: usize| across * rows + down * columns * right;
     let best = (1..=most_down.min(wanted))
         .map(|down| (down, wanted.div_ceil(down).max(least_across).min(most_across)))
         // Enough parts first, then little packing.
@@ -144,6 +145,21 @@ fn parts<T: Tile>(rows: usize, columns: usize, terms: &[Term], threads: usize) -
         length.div_ceil(parts).next_multiple_of(granule)
     };
     (each(rows, down, T::ROWS), each(columns, across, granule))
+}
+
+/// Cuts rows into tiles of about equal height: a last tile of one row would cost as much as a full
+/// one.
+fn tiles<T: Tile>(rows: Range<usize>) -> Vec<Range<usize>> {
+    let count = rows.len().div_ceil(T::ROWS);
+    let mut row = rows.start;
+    (0..count)
+        .map(|tile| {
+            let height = (rows.end - row).div_ceil(count - tile);
+            let height = height.next_multiple_of(T::ROW_GRANULE).min(rows.end - row);
+            row += height;
+            row - height..row
+        })
+        .collect()
 }
 
 struct Product<'a> {
@@ -200,6 +216,7 @@ impl Product<'_> {
     ) {
         debug_assert!(rows.end <= self.rows && columns.end <= self.columns);
         let panels = columns.len().div_ceil(LANES);
+        let tiles = tiles::<T>(rows);
         let mut runs = Vec::new();
         for (index, block) in self.blocks.iter().enumerate() {
             let right = scratch.right.at_least(panels * T::PARTS * block.stride() * LANES);
@@ -208,14 +225,9 @@ impl Product<'_> {
                 pack::right::<T>(self.terms, block, columns.clone(), right, &mut scratch.rows);
             }
             let start = if index == 0 { self.start } else { Start::Output };
-            // Tiles of about equal height: a last tile of one row would cost as much as a full one.
-            let tiles = rows.len().div_ceil(T::ROWS);
-            let mut row = rows.start;
-            for tile in 0..tiles {
-                let height = (rows.end - row).div_ceil(tiles - tile);
-                let height = height.next_multiple_of(T::ROW_GRANULE).min(rows.end - row);
+            for (index, rows) in tiles.iter().enumerate() {
+                let (row, height) = (rows.start, rows.len());
                 let edge = scratch.edge.at_least(T::ROWS * T::PANELS * LANES);
-                let rows = row..row + height;
                 let step = |left, unit, units| Step {
                     left,
                     right: &right[unit * LANES..],
@@ -224,7 +236,13 @@ impl Product<'_> {
                     start: if unit == 0 { start } else { Start::Output },
                 };
                 if T::DIRECT {
-                    pack::runs::<T>(self.terms, block, rows, &mut scratch.left, &mut runs);
+                    let place = index % pack::TOGETHER;
+                    if place == 0 {
+                        let together = &tiles[index..tiles.len().min(index + pack::TOGETHER)];
+                        pack::columns::<T>(self.terms, block, together, &mut scratch.left);
+                    }
+                    let packed = (place, &mut scratch.left);
+                    pack::runs(self.terms, block, rows.clone(), packed, &mut runs);
                     let step = step(Left::Runs(&runs), 0, block.units);
                     // SAFETY: as the caller promises; the runs lead into the factors and the
                     // scratch, neither of which changes meanwhile.
@@ -233,7 +251,7 @@ impl Product<'_> {
                     let left = scratch.left.at_least(T::ROWS * T::DEPTH);
                     // SAFETY: as the caller promises; both factors are packed for this block.
                     unsafe {
-                        pack::left::<T>(self.terms, block, rows, left, &mut scratch.rows);
+                        pack::left::<T>(self.terms, block, rows.clone(), left, &mut scratch.rows);
                         for unit in (0..block.units).step_by(T::STEP) {
                             let units = T::STEP.min(block.units - unit);
                             let step = step(Left::Packed(&left[unit..]), unit, units);
@@ -241,7 +259,6 @@ impl Product<'_> {
                         }
                     }
                 }
-                row += height;
             }
         }
     }

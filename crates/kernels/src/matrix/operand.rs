@@ -47,6 +47,16 @@ impl<'a> Operand<'a> {
         }
     }
 
+    /// Cost of packing a number, counted in plain ones.
+    pub(crate) fn packing_cost(&self) -> usize {
+        match self {
+            // Measured on the keys' and values' matrices of a small model: with each block decoded
+            // twice instead of four times, products take four fifths of the time.
+            Self::Frozen(matrix) if matrix.block_length() > 1 => 4,
+            _ => 1,
+        }
+    }
+
     /// Spacing of the `i` at which a block of the outputs may start.
     pub(crate) fn output_granule(&self) -> usize {
         match self {

@@ -122,21 +122,57 @@ pub(crate) unsafe fn left<T: Tile>(
     }
 }
 
-/// Numbers between units of columns that [`runs`] copies.
+/// Numbers between units of columns that [`columns`] copies.
 const UNIT: usize = 8;
+/// Lines that are read for one tile after the other.
+const LINES: usize = 32;
+/// Tiles whose columns are copied together: six columns are less than a cache line, which would be
+/// fetched again for the next tile.
+pub(crate) const TOGETHER: usize = 8;
 
-/// Finds rows of the left factors where they lie; columns are copied first, a few of each line.
+/// Copies left factors that lie as columns, for a few tiles one below the other, a unit of each tile
+/// after the other.
+pub(crate) fn columns<T: Tile>(
+    terms: &[Term],
+    block: &Block,
+    tiles: &[Range<usize>],
+    packed: &mut Buffer,
+) {
+    const { assert!(!T::DIRECT || (!T::PAIRS && T::PARTS == 1 && T::ROWS <= UNIT)) };
+    for piece in &block.pieces {
+        let Operand::Columns { values, stride } = terms[piece.term].left else { continue };
+        let packed = packed.at_least(tiles.len() * block.units * UNIT);
+        let packed: &mut [f32] = bytemuck::cast_slice_mut(packed);
+        let packed = packed.as_chunks_mut::<UNIT>().0;
+        for start in piece.range.clone().step_by(LINES) {
+            let lines = start..piece.range.end.min(start + LINES);
+            let unit = piece.unit + start - piece.range.start;
+            for (tile, packed) in tiles.iter().zip(packed.chunks_exact_mut(block.units)) {
+                for (k, packed) in lines.clone().zip(&mut packed[unit..]) {
+                    let values = &values[k * stride + tile.start..];
+                    // Arrays, so that a copy is an instruction or two and not a call.
+                    match values.first_chunk::<UNIT>() {
+                        Some(values) => *packed = *values,
+                        None => packed[..tile.len()].copy_from_slice(&values[..tile.len()]),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Finds rows of the left factors where they lie, or where [`columns`] copied them for the tile at
+/// this place of those that were copied together.
 ///
 /// The runs read the factors and `packed`, which must outlive them unchanged.
-pub(crate) fn runs<T: Tile>(
+pub(crate) fn runs(
     terms: &[Term],
     block: &Block,
     rows: Range<usize>,
-    packed: &mut Buffer,
+    (place, packed): (usize, &mut Buffer),
     runs: &mut Vec<Run>,
 ) {
-    const { assert!(!T::DIRECT || (!T::PAIRS && T::PARTS == 1 && T::ROWS <= UNIT)) };
-    let packed: &mut [f32] = bytemuck::cast_slice_mut(packed.at_least(T::DEPTH * UNIT));
+    let packed: &[f32] = bytemuck::cast_slice(packed.at_least(0));
     runs.clear();
     for piece in &block.pieces {
         let units = piece.range.len();
@@ -146,16 +182,9 @@ pub(crate) fn runs<T: Tile>(
                     ..(rows.end - 1) * stride + piece.range.end];
                 Run { first: part.as_ptr(), row: stride, unit: 1, units }
             }
-            Operand::Columns { values, stride } => {
-                let packed = &mut packed[piece.unit * UNIT..][..units * UNIT];
-                for (k, packed) in piece.range.clone().zip(packed.chunks_exact_mut(UNIT)) {
-                    let values = &values[k * stride + rows.start..];
-                    match values.first_chunk::<UNIT>() {
-                        Some(values) => packed.copy_from_slice(values),
-                        None => packed[..rows.len()].copy_from_slice(&values[..rows.len()]),
-                    }
-                }
-                Run { first: packed.as_ptr(), row: 1, unit: UNIT, units }
+            Operand::Columns { .. } => {
+                let at = (place * block.units + piece.unit) * UNIT;
+                Run { first: packed[at..][..units * UNIT].as_ptr(), row: 1, unit: UNIT, units }
             }
             Operand::Frozen(_) | Operand::FrozenTransposed(_) => {
                 unreachable!("frozen matrices are right factors")

@@ -1,7 +1,10 @@
 //! The keys of an `adapter_config.json`, read with errors that name them.
 
+use retune_core::spec::ModelSpec;
 use retune_core::{Error, Result};
 use serde_json::Value;
+
+use super::prompt::STACKS;
 
 /// The key of the task of texts that do not say theirs; PEFT drops keys it does not know.
 pub const TASK: &str = "retune_task";
@@ -117,18 +120,19 @@ impl<'a> Keys<'a> {
         Ok(modules)
     }
 
-    /// Checks that a prompt's file is for one stack of layers.
+    /// Checks for how many stacks of blocks a file is, 1 where it does not say.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for prompts of encoder and decoder at once.
-    pub fn one_stack(self) -> Result<()> {
-        match self.optional_count("num_transformer_submodules")? {
-            None | Some(1) => Ok(()),
-            Some(count) => Err(Error::Unsupported {
-                what: format!("a prompt of {count} stacks of layers in one file"),
-                help: "use the adapter of an encoder or decoder alone".to_owned(),
-            }),
+    /// [`Error::Unsupported`] if not for `expected`.
+    pub fn stacks(self, expected: usize, spec: &ModelSpec) -> Result<()> {
+        let count = self.optional_count(STACKS)?.unwrap_or(1);
+        if count == expected {
+            return Ok(());
         }
+        Err(Error::Unsupported {
+            what: format!("an adapter for {count} stacks of blocks (`{STACKS}`) on {}", spec.class),
+            help: format!("use one that is for {expected}"),
+        })
     }
 }
 

@@ -186,10 +186,14 @@ pub enum Form {
 pub enum Needs {
     /// Nothing: it looks at single weights and what comes out of them.
     Nothing,
-    /// One stack of blocks, all of one width.
+    /// Blocks all of one width.
     OneStack,
+    /// One text per document, every token in every block.
+    OneText,
     /// Words before which it can put tokens.
     Words,
+    /// Words of one text.
+    OneTextOfWords,
 }
 
 impl Needs {
@@ -212,9 +216,17 @@ impl Needs {
             Self::OneStack => {
                 Some(Refusal { models: "of two towers", applies: |spec| spec.towers.len() > 1 })
             }
+            Self::OneText => Some(Refusal {
+                models: "of two towers, or of encoder and decoder",
+                applies: ModelSpec::has_sides,
+            }),
             Self::Words => {
                 Some(Refusal { models: "that read images", applies: |spec| spec.image().is_some() })
             }
+            Self::OneTextOfWords => Some(Refusal {
+                models: "that read images, or of encoder and decoder",
+                applies: |spec| spec.image().is_some() || spec.has_sides(),
+            }),
         }
     }
 }
@@ -263,6 +275,11 @@ pub trait StateMethod: Options + Debug + Send + Sync + 'static {
     /// Returns how many positions are taken before each document.
     fn num_positions(&self) -> usize {
         0
+    }
+
+    /// Returns how many stacks of blocks PEFT says such a file is for.
+    fn num_stacks(_spec: &ModelSpec) -> usize {
+        1
     }
 
     /// Returns what a person should know before the run.
@@ -340,6 +357,11 @@ impl<T: StateMethod> State<T> {
         if self.original.is_some() { Form::Saved } else { Form::Training }
     }
 
+    fn check_stacks(&self, spec: &ModelSpec) -> Result<()> {
+        let original = self.original.as_ref();
+        original.map_or(Ok(()), |config| Keys(config).stacks(T::num_stacks(spec), spec))
+    }
+
     fn beside<'a>(&self, spec: &'a ModelSpec) -> Result<Vec<(String, &'a WeightSpec)>> {
         let setting = format!("method.{}.modules_to_save", T::NAME);
         beside(spec, self.options.modules_to_save(), T::BESIDE, &setting)
@@ -370,6 +392,7 @@ impl<T: StateMethod> Method for State<T> {
 
     fn plan(&self, spec: &ModelSpec) -> Result<MethodPlan> {
         self.options.needs().check(T::NAME, spec)?;
+        self.check_stacks(spec)?;
         room(spec, self.options.num_positions(), T::NAME)?;
         let slots = self.options.slots(spec, self.form())?;
         let own = slots.into_iter().map(|slot| PlannedParameter {
@@ -391,6 +414,7 @@ impl<T: StateMethod> Method for State<T> {
         seed: Seed,
     ) -> Result<Changes> {
         let spec = Arc::clone(weights.spec());
+        self.check_stacks(&spec)?;
         room(&spec, self.options.num_positions(), T::NAME)?;
         for slot in self.options.slots(&spec, self.form())? {
             slot.add(weights, seed, parameters)?;

@@ -9,10 +9,13 @@ use serde_json::{Map, Value, json};
 use tensor::Tensor;
 
 use super::keys::Keys;
-use super::{Slot, Start, embedding};
+use super::{FileTensors, Slot, Start, embedding};
 
 /// The one tensor of a prompt's file.
 pub const NAME: &str = "prompt_embeddings";
+
+/// PEFT's number of stacks of blocks that have a prompt of their own.
+pub const STACKS: &str = "num_transformer_submodules";
 
 /// What stands before a module saved beside a prompt: PEFT wraps the model once only.
 pub const BESIDE: &str = "base_model.";
@@ -80,24 +83,42 @@ pub fn slot(spec: &ModelSpec, tokens: usize, words: &[usize], setting: &str) -> 
     Ok(Slot::new(NAME, [tokens, width], "embedding", start))
 }
 
-/// Adds the keys every prompt of PEFT has.
+/// Adds the keys every prompt of PEFT has; of an encoder-decoder it is before the encoder's input.
 pub fn write_config(spec: &ModelSpec, tokens: usize, config: &mut Map<String, Value>) {
     for (key, value) in [
         ("num_virtual_tokens", json!(tokens)),
         ("token_dim", json!(spec.width)),
-        ("num_transformer_submodules", json!(1)),
+        (STACKS, json!(1)),
         ("num_attention_heads", json!(spec.num_heads)),
-        ("num_layers", json!(spec.num_layers)),
+        ("num_layers", json!(spec.encoder_layers().unwrap_or(spec.num_layers))),
     ] {
         config.insert(key.to_owned(), value);
+    }
+}
+
+/// Drops the rows of a prompt that PEFT saves for a decoder and never reads: by default it plans as
+/// many again as stand before the encoder's input.
+pub fn drop_unread(config: &mut Value, tensors: &mut FileTensors) {
+    let number = |config: &Value, key: &str| config.get(key).and_then(Value::as_u64);
+    let kind = config.get("peft_type").and_then(Value::as_str);
+    let (stacks, tokens) = (number(config, STACKS), number(config, "num_virtual_tokens"));
+    let (Some("PROMPT_TUNING" | "P_TUNING"), Some(2), Some(tokens)) = (kind, stacks, tokens) else {
+        return;
+    };
+    let Some((shape, values)) = tensors.get_mut(NAME) else { return };
+    if let [rows, width] = shape.as_mut_slice()
+        && *rows as u64 == tokens.saturating_mul(2)
+    {
+        *rows = tokens as usize;
+        values.truncate(*rows * *width);
+        config[STACKS] = json!(1);
     }
 }
 
 /// Reads how many virtual tokens a prompt's file has.
 ///
 /// # Errors
-/// If the number is missing, or the file is for several stacks of layers.
+/// If the number is missing.
 pub fn read_tokens(keys: &Keys<'_>) -> Result<usize> {
-    keys.one_stack()?;
     keys.count("num_virtual_tokens")
 }

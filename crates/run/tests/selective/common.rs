@@ -9,9 +9,11 @@ use retune_core::method::Method;
 use retune_core::model::{Model, Tuned};
 use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
-use retune_core::weights::{Packing, Weights};
+use retune_core::weights::Weights;
 use retune_methods::registry;
 use retune_options::Document as Toml;
+use retune_testkit::golden;
+use retune_testkit::open::weights;
 use retune_train::backprop::Backprop;
 use retune_train::optimizer::{AdamW, Optimizer, Sgd};
 use retune_train::schedule::{Schedule, Shape};
@@ -20,15 +22,9 @@ use tensor::Device;
 
 /// Opens the base of the golden training runs: Llama, 2 layers.
 pub(crate) fn open() -> (Box<dyn Model>, Weights) {
-    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testkit/golden/training/llama/base");
+    let base = golden::folder("training/llama/base");
     let checkpoint = retune_models::open(&base).unwrap();
-    let weights = Weights::new(
-        Arc::clone(&checkpoint.source),
-        Arc::clone(checkpoint.model.spec()),
-        Packing::default(),
-        &Device::flex(),
-    )
-    .unwrap();
+    let weights = weights(Arc::clone(&checkpoint.source), checkpoint.model.spec());
     (checkpoint.model, weights)
 }
 

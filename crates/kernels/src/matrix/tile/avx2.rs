@@ -15,8 +15,9 @@ impl Tile for Avx2 {
     const ROWS: usize = 6;
     const PANELS: usize = 1;
     const DEPTH: usize = DEPTH;
-    // A panel and a left tile fit the first-level cache of 32 KiB together.
-    const BLOCK: usize = 320;
+    // A panel and a left tile fit the first-level cache of 32 KiB together, and the packed right part
+    // half of a second-level cache, of which another thread of the core may use the rest.
+    const BLOCK: usize = 256;
     const PAIRS: bool = false;
     // A tile reads six rows sixteen times over: copying them first costs more than it brings.
     const DIRECT: bool = true;
