@@ -471,12 +471,13 @@ impl Changes {
 
     /// Returns what the virtual tokens before each document should predict, and how much it weighs.
     pub fn virtual_targets(&self) -> Vec<Option<(u32, f32)>> {
-        let of = |change: &Box<dyn InputChange>| {
+        let changes = self.inputs.iter();
+        let of_each = changes.map(|change| {
             let mut targets = change.virtual_targets();
             targets.resize(change.num_virtual(), None);
             targets
-        };
-        self.inputs.iter().flat_map(of).collect()
+        });
+        of_each.flatten().collect()
     }
 
     /// Returns how many positions of the model are taken before each document's first token.

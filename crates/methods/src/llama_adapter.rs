@@ -57,6 +57,15 @@ impl LlamaAdapter {
 
 fn projections(spec: &ModelSpec, layer: usize) -> Result<Projections<'_>> {
     let key = in_layer(spec, layer, Role::Key, "llama-adapter")?;
+    if spec.has_sides() {
+        return Err(Error::Unsupported {
+            what: format!(
+                "llama-adapter on {}, which has more than one stack of layers",
+                spec.class
+            ),
+            help: "use prefix-tuning, which knows encoder and decoder".to_owned(),
+        });
+    }
     let value = in_layer(spec, layer, Role::Value, "llama-adapter")?;
     let output = in_layer(spec, layer, Role::AttentionOutput, "llama-adapter")?;
     if spec.weight(&format!("{}.bias", output.module())).is_some() {

@@ -224,15 +224,15 @@ impl Search {
     }
 
     /// Returns the smallest dimension that reaches the share, and the largest below it that does not.
-    fn bracket(&self) -> (Option<(usize, f64)>, Option<(usize, f64)>) {
+    fn bracket(&self) -> [Option<(usize, f64)>; 2] {
         let shares = self.shares();
         let reached = shares.iter().copied().find(|(_, share)| *share >= self.question.share);
         let below = |(d, _): &(usize, f64)| reached.is_none_or(|(smallest, _)| *d < smallest);
-        (reached, shares.into_iter().rfind(below))
+        [reached, shares.into_iter().rfind(below)]
     }
 
     fn answer(&self) -> (Option<usize>, Option<f64>) {
-        let (Some((reached, high)), below) = self.bracket() else { return (None, None) };
+        let [Some((reached, high)), below] = self.bracket() else { return (None, None) };
         let between = below.map(|(dimension, low)| {
             let [from, to] = [dimension, reached].map(|d| (d as f64).ln());
             (from + (self.question.share - low) / (high - low) * (to - from)).exp()
@@ -244,10 +244,10 @@ impl Search {
     pub fn next_dimension(&self) -> Option<usize> {
         let Question { from, to, precision, .. } = self.question;
         match self.bracket() {
-            (None, None) => Some(from),
-            (None, Some((largest, _))) => (largest < to).then(|| largest.saturating_mul(2).min(to)),
-            (Some(_), None) => None,
-            (Some((reached, _)), Some((below, _))) => {
+            [None, None] => Some(from),
+            [None, Some((largest, _))] => (largest < to).then(|| largest.saturating_mul(2).min(to)),
+            [Some(_), None] => None,
+            [Some((reached, _)), Some((below, _))] => {
                 let middle = ((below as f64) * (reached as f64)).sqrt().round() as usize;
                 let apart = reached as f64 / below as f64 > precision;
                 (apart && middle > below && middle < reached).then_some(middle)

@@ -104,8 +104,7 @@ fn cpt_learns_from_its_context_as_peft_does() {
     let checkpoint = retune_models::open(&folder("peft/base")).unwrap();
     let spec = checkpoint.model.spec();
     let source = Arc::clone(&checkpoint.source);
-    let weights =
-        Weights::new(source, Arc::clone(spec), Packing::default(), &Device::flex()).unwrap();
+    let weights = weights(source, spec);
     let want = Tensors::open("cpt/expected.safetensors");
     let mut documents = want.rows().documents();
     for document in &mut documents {

@@ -77,7 +77,9 @@ impl AdamssOptions {
             let rank = parameters.get(id(A)).shape[1];
             let count = parameters.get(id(TRAINS)).count();
             let mut rows = vec![0; count];
-            clusters.iter().for_each(|cluster| rows[*cluster as usize] += 1);
+            for cluster in clusters {
+                rows[*cluster as usize] += 1;
+            }
             // A cluster has no more directions than rows.
             let does = |cluster: usize, place: usize| {
                 (place < self.subspace_rank.min(rows[cluster]).min(rank)).then_some(cluster)
