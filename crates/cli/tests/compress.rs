@@ -6,22 +6,7 @@ mod common;
 use std::path::Path;
 
 use common::retune;
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn json(folder: &Path, arguments: &[&str]) -> serde_json::Value {
-    let out = retune(folder, &[arguments, &["--json"]].concat());
-    assert!(out.status.success(), "{}{}", text(&out.stdout), text(&out.stderr));
-    serde_json::from_slice(&out.stdout).unwrap()
-}
-
-fn refused(folder: &Path, arguments: &[&str], what: &str) {
-    let out = retune(folder, arguments);
-    assert!(!out.status.success());
-    assert!(text(&out.stderr).contains(what), "{}", text(&out.stderr));
-}
+use common::said::{json, refused, text};
 
 /// Reads a card and checks that it says all of `parts`.
 fn card(folder: &Path, path: &str, parts: &[&str]) -> String {

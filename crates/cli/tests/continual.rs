@@ -7,24 +7,9 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use common::retune;
+use common::said::{json, refused, text};
 use retune_files::safetensors::SafetensorsFile;
 use serde_json::Value;
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn json(folder: &Path, arguments: &[&str]) -> Value {
-    let out = retune(folder, &[arguments, &["--json"]].concat());
-    assert!(out.status.success(), "{}{}", text(&out.stdout), text(&out.stderr));
-    serde_json::from_slice(&out.stdout).unwrap()
-}
-
-fn refused(folder: &Path, arguments: &[&str], what: &str) {
-    let out = retune(folder, arguments);
-    assert!(!out.status.success());
-    assert!(text(&out.stderr).contains(what), "{}", text(&out.stderr));
-}
 
 /// Writes a task of two words, and runs its recipe from a model.
 fn tuned(folder: &Path, name: &str, model: &str, words: [&str; 2], method: &str) {

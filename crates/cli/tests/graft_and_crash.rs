@@ -6,23 +6,8 @@ mod common;
 use std::path::Path;
 
 use common::retune;
+use common::said::{json, refused};
 use serde_json::Value;
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn json(folder: &Path, arguments: &[&str]) -> Value {
-    let out = retune(folder, &[arguments, &["--json"]].concat());
-    assert!(out.status.success(), "{}{}", text(&out.stdout), text(&out.stderr));
-    serde_json::from_slice(&out.stdout).unwrap()
-}
-
-fn refused(folder: &Path, arguments: &[&str], what: &str) {
-    let out = retune(folder, arguments);
-    assert!(!out.status.success());
-    assert!(text(&out.stderr).contains(what), "{}", text(&out.stderr));
-}
 
 /// Writes rows and a recipe of the model inside the program.
 fn recipe(folder: &Path, name: &str, model: &str, method: &str) -> String {

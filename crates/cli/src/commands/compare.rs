@@ -5,11 +5,11 @@ use std::process::{Command, Stdio};
 
 use retune_core::names::nearest_list;
 use retune_methods::registry;
-use retune_run::artefacts::scatter::svg;
 use retune_run::compare::{Arm, ArmResult, Comparison, Standing, arm_recipe, standing};
 use retune_run::recipe::Recipe;
 use serde_json::Value;
 
+use super::report;
 use crate::args::RecipeArguments;
 use crate::failure::Failure;
 use crate::table::table;
@@ -158,26 +158,12 @@ fn shown(result: &ArmResult) -> String {
 }
 
 fn write(folder: &Path, found: &Comparison) -> Result<(), Failure> {
-    let json = serde_json::to_string_pretty(found)
-        .map_err(|error| Failure::Failed(format!("the report cannot be written: {error}")))?;
-    for (name, text) in [
-        ("report.json", json),
-        ("report.md", found.to_markdown()),
-        ("compare.svg", svg(&found.chart())),
-    ] {
-        retune_files::atomic::write_file(&folder.join(name), text.as_bytes())?;
-    }
-    Ok(())
+    report::write(folder, found, &found.to_markdown(), ("compare.svg", &found.chart()))
 }
 
 fn show(folder: &Path, found: &Comparison, json: bool) {
     if json {
-        let value = serde_json::json!({
-            "folder": folder,
-            "report": serde_json::to_value(found).unwrap_or_default(),
-        });
-        println!("{value}");
-        return;
+        return report::print_json(folder, found);
     }
     let mut rows =
         table(&["method", &found.metric, "seeds", "values that train", "training", "peak memory"]);

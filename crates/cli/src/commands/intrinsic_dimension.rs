@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use retune_run::artefacts::scatter::svg;
 use retune_run::compare::{ArmResult, arm_recipe};
 use retune_run::intrinsic_dimension::{Question, Search, Trained, Trial};
 use retune_run::recipe::Recipe;
 
 use super::compare::{carry_out, read};
+use super::report;
 use crate::args::{Probe, RecipeArguments};
 use crate::failure::Failure;
 use crate::table::table;
@@ -81,26 +81,13 @@ pub(crate) fn intrinsic_dimension(
 }
 
 fn write(folder: &Path, found: &Search) -> Result<(), Failure> {
-    let json = serde_json::to_string_pretty(found)
-        .map_err(|error| Failure::Failed(format!("the report cannot be written: {error}")))?;
-    for (name, text) in [
-        ("report.json", json),
-        ("report.md", found.to_markdown()),
-        ("intrinsic-dimension.svg", svg(&found.chart())),
-    ] {
-        retune_files::atomic::write_file(&folder.join(name), text.as_bytes())?;
-    }
-    Ok(())
+    let picture = ("intrinsic-dimension.svg", &found.chart());
+    report::write(folder, found, &found.to_markdown(), picture)
 }
 
 fn show(folder: &Path, found: &Search, json: bool) {
     if json {
-        let value = serde_json::json!({
-            "folder": folder,
-            "report": serde_json::to_value(found).unwrap_or_default(),
-        });
-        println!("{value}");
-        return;
+        return report::print_json(folder, found);
     }
     let mut rows = table(&found.columns());
     for row in found.cells() {

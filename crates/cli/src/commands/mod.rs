@@ -22,6 +22,7 @@ mod logits;
 mod merge;
 mod new;
 mod pixels;
+mod report;
 mod run;
 mod session;
 pub(crate) mod ship;
