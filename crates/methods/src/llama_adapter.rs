@@ -17,7 +17,7 @@ use crate::adapter::PREFIX;
 use crate::registry;
 use crate::state::attend::beside;
 use crate::state::keys::Keys;
-use crate::state::{Form, Made, Slot, Start, StateMethod, in_layer};
+use crate::state::{Form, Made, Needs, Slot, Start, StateMethod, in_layer};
 
 options! {
     /// Trains prompts that attention of the upper layers sees through a gate of its own.
@@ -57,15 +57,6 @@ impl LlamaAdapter {
 
 fn projections(spec: &ModelSpec, layer: usize) -> Result<Projections<'_>> {
     let key = in_layer(spec, layer, Role::Key, "llama-adapter")?;
-    if spec.has_sides() {
-        return Err(Error::Unsupported {
-            what: format!(
-                "llama-adapter on {}, which has more than one stack of layers",
-                spec.class
-            ),
-            help: "use prefix-tuning, which knows encoder and decoder".to_owned(),
-        });
-    }
     let value = in_layer(spec, layer, Role::Value, "llama-adapter")?;
     let output = in_layer(spec, layer, Role::AttentionOutput, "llama-adapter")?;
     if spec.weight(&format!("{}.bias", output.module())).is_some() {
@@ -104,6 +95,10 @@ impl StateMethod for LlamaAdapter {
             },
         };
         Promises { refuses: Some(refusal), ..Promises::default() }
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::OneText
     }
 
     fn examples() -> &'static [&'static str] {
