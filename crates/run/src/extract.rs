@@ -201,7 +201,10 @@ fn method(
     }
 }
 
-/// Refuses models that have not the same weights, and names all that differ.
+/// Weights that are named where two models differ; another model differs in all of its weights.
+const SHOWN: usize = 24;
+
+/// Refuses models that have not the same weights, and names the first that differ.
 pub(crate) fn check_same(tuned: &Opened, base: &Opened) -> Result<()> {
     let shapes = |opened: &Opened| -> BTreeMap<String, Vec<usize>> {
         let weights = &opened.checkpoint.model.spec().weights;
@@ -216,7 +219,11 @@ pub(crate) fn check_same(tuned: &Opened, base: &Opened) -> Result<()> {
     }
     let list = |shapes: &BTreeMap<String, Vec<usize>>| {
         let one = |name: &&String| format!("`{name}` {}", described(shapes.get(*name)));
-        other.iter().map(one).collect::<Vec<_>>().join(", ")
+        let shown = other.iter().take(SHOWN).map(one).collect::<Vec<_>>().join(", ");
+        match other.len().saturating_sub(SHOWN) {
+            0 => shown,
+            more => format!("{shown} and {more} more"),
+        }
     };
     Err(Error::Plan {
         what: "the two models have different weights".to_owned(),
