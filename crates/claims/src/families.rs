@@ -8,7 +8,7 @@ use retune_methods::adapter::Adapter;
 
 use crate::contest::{Arm, Results};
 use crate::lab::{Pace, method};
-use crate::rotated::{OTHERS, rotated};
+use crate::rotated::{SAME_AS_PYTORCH, rotated};
 use crate::{Claim, Clock, Proof, Prove, Result, side_by_side};
 
 /// The claim.
@@ -20,10 +20,10 @@ pub(crate) const CLAIM: Claim = Claim {
     claims: "In every family at least one method trains a few per cent of the weights, starts at the \
              base's output and recovers most of what full tuning gains over a linear probe; what \
              merges gives the same outputs merged.",
-    run: "Transformer of 4 layers and width 32 (rows of 8 x 8 digits as 8 tokens) pretrained on 900 \
-          upright digits, 30 passes; tuned for 15 passes over 500 digits rotated by 90 degrees, \
-          batches of 16, linear decay. The head trains in every method. For each method the best of \
-          three rates on 150 validation rows, measured on 247; three seeds. Starts, merges after 30 \
+    run: "Transformer of 4 layers and width 32 (rows of 8 x 8 digits as 8 tokens), drawn as PyTorch draws \
+          it, pretrained on 1200 upright digits, 30 passes; tuned for 15 passes over the same digits rotated by 90 degrees, \
+          batches of 32, linear decay. The head trains in every method. For each method the best of \
+          three rates on 150 others, measured on the 447 left; three seeds. Starts, merges after 30 \
           steps, files, and the time of a step (the least of five rounds) on one seed more.",
     quick: false,
     prove: Prove::Alone(prove),
@@ -31,7 +31,7 @@ pub(crate) const CLAIM: Claim = Claim {
 
 const NUM_SEEDS: u64 = 3;
 const NUM_LAYERS: usize = 4;
-const BATCH: usize = 16;
+const BATCH: usize = 32;
 const PASSES: usize = 15;
 
 const ARMS: [Arm; 9] = [
@@ -90,7 +90,7 @@ struct Trace {
 fn prove(clock: Clock) -> Result<Proof> {
     let reached = side_by_side(NUM_SEEDS, |number| {
         let seed = Seed(700 + number);
-        let (lab, rows) = rotated(NUM_LAYERS, &OTHERS, seed)?;
+        let (lab, rows) = rotated(NUM_LAYERS, &SAME_AS_PYTORCH, seed)?;
         let pace = Pace::passes(PASSES, rows.train.len(), BATCH, 0.0);
         ARMS.iter().map(|arm| arm.reach(&lab, &rows, pace, seed)).collect()
     })?;
@@ -144,6 +144,16 @@ fn prove(clock: Clock) -> Result<Proof> {
         format!("at most {:.1} %", 100.0 * share),
         share < 0.15,
     );
+    if start > 1e-6
+        && traces.iter().all(|trace| trace.start.is_none_or(|gap| gap.total_cmp(&start).is_eq()))
+    {
+        proof.notes.push(
+            "Before the first step every arm differs from the base by the same, the linear probe too, \
+             which trains the head alone: the head trains in all of them, and what trains is multiplied \
+             in another order than what is frozen."
+                .to_owned(),
+        );
+    }
     if recovered("parallel adapter") < 0.7 || recovered("serial adapter") < 0.5 {
         proof.notes.push(
             "The trial this follows recovered 0.87 with LoRA, 0.82 with parallel and 0.58 with serial \
@@ -159,7 +169,7 @@ fn prove(clock: Clock) -> Result<Proof> {
 /// Looks at starts, merges, files and times on one seed; returns the base's number of weights too.
 fn traces(clock: Clock) -> Result<(Vec<Trace>, usize)> {
     let seed = Seed(710);
-    let (lab, rows) = rotated(NUM_LAYERS, &OTHERS, seed)?;
+    let (lab, rows) = rotated(NUM_LAYERS, &SAME_AS_PYTORCH, seed)?;
     let base = lab.scores(&rows.validation)?;
     let make = |arm: &Arm| method(arm.method, arm.options);
     let trace = |arm: &Arm| {

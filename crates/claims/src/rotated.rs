@@ -7,7 +7,7 @@ use retune_core::random::Seed;
 use crate::Result;
 use crate::contest::Rows;
 use crate::encoder::{Encoder, Sizes};
-use crate::lab::{Lab, Pace};
+use crate::lab::{Held, Lab, Pace};
 use crate::mlp::Inputs;
 use crate::pictures::{DIGITS, Pictures, SIDE};
 
@@ -23,13 +23,20 @@ pub(crate) struct Split {
     pub(crate) train: Range<usize>,
     /// To choose rates.
     validation: Range<usize>,
+    /// Whether weights are drawn as PyTorch draws them.
+    as_pytorch: bool,
 }
 
 /// Digits to tune on that the base has not seen.
-pub(crate) const OTHERS: Split = Split { upright: 900, train: 900..1400, validation: 1400..1550 };
+pub(crate) const OTHERS: Split =
+    Split { upright: 900, train: 900..1400, validation: 1400..1550, as_pytorch: false };
 
 /// Digits to tune on that the base knows upright.
-pub(crate) const SAME: Split = Split { upright: 1200, train: 0..1200, validation: 1200..1350 };
+pub(crate) const SAME: Split =
+    Split { upright: 1200, train: 0..1200, validation: 1200..1350, as_pytorch: false };
+
+/// The same, by a base that begins as PyTorch draws it.
+pub(crate) const SAME_AS_PYTORCH: Split = Split { as_pytorch: true, ..SAME };
 
 /// Builds the transformer, its rows tokens, 8 a picture.
 pub(crate) fn model(pictures: &Pictures, num_layers: usize) -> Encoder {
@@ -47,6 +54,9 @@ pub(crate) fn rotated(num_layers: usize, split: &Split, seed: Seed) -> Result<(L
     let turned = upright.rotated();
     let pictures = upright.and(turned);
     let mut lab = Lab::of_pictures(model(&pictures, num_layers), &pictures, seed);
+    if split.as_pytorch {
+        lab.set(Held::draw_as_pytorch(lab.model.spec(), seed));
+    }
     let known: Vec<usize> = (0..split.upright).collect();
     lab.pretrain(&known, Pace::passes(30, known.len(), 32, 2e-3), seed)?;
     let part = |part: Range<usize>| part.map(|row| count + row).collect();
