@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::open::Opened;
 use crate::recipe::{Recipe, WeightsName};
-use retune_core::method::MethodPlan;
+use retune_core::method::{MethodPlan, Working};
 use retune_core::spec::{Head, ModelSpec, Role, WeightSpec};
 use retune_evaluate::generate::Generation;
 
@@ -65,6 +65,7 @@ struct Choice {
 pub(crate) struct Forecaster<'a> {
     pub(crate) recipe: &'a Recipe,
     pub(crate) method: &'a MethodPlan,
+    pub(crate) working: Working,
     pub(crate) opened: &'a Opened,
     pub(crate) tokens: PassTokens,
     /// Tokens of a document on average: the keys of its last query.
@@ -124,9 +125,10 @@ impl Forecaster<'_> {
         let spec = self.spec();
         let weight_bytes = self.weight_bytes(choice.weights);
         let state = self.recipe.train.optimizer().state_bytes_per_value() as u64;
-        let training_bytes = self.method.num_trainable() as u64 * (8 + state);
+        let training_bytes = self.method.num_trainable() as u64 * (8 + state) + self.working.bytes;
         let tokens = self.training_tokens(choice);
-        let activation_bytes = activation_bytes(spec, self.method, tokens, choice.recompute);
+        let activation_bytes = activation_bytes(spec, self.method, tokens, choice.recompute)
+            + 4 * tokens * self.working.values_per_token;
         let evaluation_bytes = self.evaluation_bytes(choice);
         // Measuring happens before and after the steps, in the memory their activations leave.
         let passing = activation_bytes.max(evaluation_bytes);
