@@ -90,6 +90,16 @@ impl MethodPlan {
     }
 }
 
+/// What a method's own operations hold from the forward to the backward pass, beside its parameters
+/// and what every model keeps.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Working {
+    /// Bytes, however many tokens there are.
+    pub bytes: u64,
+    /// Numbers for each token.
+    pub values_per_token: u64,
+}
+
 /// A distance to the base's own predictions whose gradient a method wants beside the loss's.
 ///
 /// It is `−Σ p log q` per label, `p` of the untouched base and `q` of the tuned model, both at
@@ -200,6 +210,11 @@ pub trait Method: Debug + Send {
     /// # Errors
     /// If an option is impossible for this model, naming the nearest valid choice.
     fn plan(&self, spec: &ModelSpec) -> Result<MethodPlan>;
+
+    /// Returns what the method's operations hold through a step, for the forecast of memory.
+    fn working(&self, _spec: &ModelSpec) -> Working {
+        Working::default()
+    }
 
     /// Makes the parameters and attaches the changes, exactly as planned.
     ///

@@ -1,6 +1,6 @@
 //! A tap on the gradient of one weight: keeps few numbers of it, micro-batch by micro-batch.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use retune_kernels::GradientTap;
 
@@ -50,6 +50,36 @@ pub struct Window {
     pub updates: u64,
 }
 
+/// Makes several taps look for the best entries of all their weights together: what each keeps is
+/// beaten by fewer than that many in the weights seen before it.
+#[derive(Debug)]
+pub struct Pool {
+    best: Mutex<Best>,
+}
+
+impl Pool {
+    /// Makes room for `room` entries.
+    pub fn new(room: usize) -> Arc<Self> {
+        Arc::new(Self { best: Mutex::new(Best::new(room)) })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Best> {
+        self.best.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns the least score that may still be among the best.
+    fn least(&self) -> f32 {
+        let mut best = self.lock();
+        best.cut();
+        f32::from_bits((best.threshold >> 32) as u32)
+    }
+
+    fn offer(&self, scores: impl Iterator<Item = f32>) {
+        let mut best = self.lock();
+        scores.for_each(|score| best.offer(0, score));
+    }
+}
+
 /// Watches the gradient of one weight.
 ///
 /// The first gradient after [`Tap::open`] decides which entries are watched; from then on only
@@ -58,12 +88,14 @@ pub struct Window {
 pub struct Tap {
     scoring: Scoring,
     window: Mutex<Option<Window>>,
+    /// What decides beside this weight's own entries, until the first gradient has come.
+    pool: Mutex<Option<Arc<Pool>>>,
 }
 
 impl Tap {
     /// Makes a closed tap.
     pub fn new(scoring: Scoring) -> Self {
-        Self { scoring, window: Mutex::new(None) }
+        Self { scoring, window: Mutex::new(None), pool: Mutex::new(None) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Window>> {
@@ -78,6 +110,13 @@ impl Tap {
     /// Starts anew, to watch the `room` best entries of the next gradient.
     pub fn open(&self, room: usize) {
         *self.lock() = Some(Window { room, ..Window::default() });
+    }
+
+    /// Starts anew, to watch those entries of the next gradient that are among the pool's best so far.
+    pub fn open_in(&self, pool: &Arc<Pool>) {
+        let room = pool.lock().room;
+        *self.pool.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(pool));
+        self.open(room);
     }
 
     /// Stops watching and hands over what was gathered.
@@ -106,6 +145,49 @@ impl Tap {
                 *g = 0.0;
             }
             window.updates += 1;
+        }
+    }
+}
+
+/// Entries looked at together: what is below the best so far is passed over in one comparison.
+const BLOCK: usize = 64;
+
+impl Tap {
+    /// Offers the entries of a gradient whose rows have `columns`, but those in `skipped`.
+    fn rank(
+        &self,
+        best: &mut Best,
+        gradient: &[f32],
+        columns: usize,
+        weight: &dyn Fn(usize, &mut [f32]),
+        skipped: &[u32],
+    ) {
+        let mut skipped = skipped.iter().copied().peekable();
+        if self.scoring.exponent == 0.0 {
+            for (number, block) in gradient.chunks(BLOCK).enumerate() {
+                let start = number * BLOCK;
+                if block.iter().fold(0.0_f32, |most, g| most.max(g.abs())) < best.least() {
+                    continue;
+                }
+                while skipped.next_if(|index| (*index as usize) < start).is_some() {}
+                for (place, g) in block.iter().enumerate() {
+                    let index = (start + place) as u32;
+                    if skipped.next_if_eq(&index).is_none() {
+                        best.offer(index, g.abs());
+                    }
+                }
+            }
+            return;
+        }
+        let mut row = vec![0.0; columns];
+        for (number, gradient) in gradient.chunks(columns.max(1)).enumerate() {
+            weight(number, &mut row);
+            for (column, (g, w)) in gradient.iter().zip(&row).enumerate() {
+                let index = (number * columns + column) as u32;
+                if skipped.next_if_eq(&index).is_none() {
+                    best.offer(index, self.scoring.score(*g, *w));
+                }
+            }
         }
     }
 }
@@ -139,19 +221,12 @@ impl GradientTap for Tap {
         let Some(window) = guard.as_mut() else { return };
         if window.room > 0 {
             let skipped = if self.scoring.only_unchanged { indices } else { &[] };
-            let mut skipped = skipped.iter().copied().peekable();
-            let mut best = Best::new(window.room);
-            let mut row = vec![0.0; columns];
-            for (number, gradient) in gradient.chunks(columns.max(1)).enumerate() {
-                if self.scoring.exponent != 0.0 {
-                    weight(number, &mut row);
-                }
-                for (column, (g, w)) in gradient.iter().zip(&row).enumerate() {
-                    let index = (number * columns + column) as u32;
-                    if skipped.next_if_eq(&index).is_none() {
-                        best.offer(index, self.scoring.score(*g, *w));
-                    }
-                }
+            let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let least = pool.as_ref().map_or(0.0, |pool| pool.least());
+            let mut best = Best::from(window.room, least);
+            self.rank(&mut best, gradient, columns, weight, skipped);
+            if let Some(pool) = pool {
+                pool.offer(best.scores());
             }
             window.room = 0;
             window.candidates = best.into_indices();
@@ -196,6 +271,23 @@ impl Best {
         Self { room, keys: Vec::new(), threshold: 0 }
     }
 
+    /// Makes room for `room` entries with a score of at least `least`.
+    fn from(room: usize, least: f32) -> Self {
+        let threshold = (u64::from(least.to_bits()) << 32).saturating_sub(1);
+        Self { threshold, ..Self::new(room) }
+    }
+
+    /// Returns a score below which no entry is kept.
+    fn least(&self) -> f32 {
+        f32::from_bits((self.threshold >> 32) as u32)
+    }
+
+    /// Returns the scores of the best entries, in no order.
+    fn scores(&mut self) -> impl Iterator<Item = f32> {
+        self.cut();
+        self.keys.iter().map(|key| f32::from_bits((key >> 32) as u32))
+    }
+
     /// Offers an entry with a score of at least 0.
     pub fn offer(&mut self, index: u32, score: f32) {
         if score.is_nan() || self.room == 0 {
@@ -213,7 +305,7 @@ impl Best {
     }
 
     fn cut(&mut self) {
-        if self.keys.len() > self.room {
+        if self.keys.len() >= self.room && self.room > 0 {
             self.keys.select_nth_unstable_by(self.room - 1, |a, b| b.cmp(a));
             self.keys.truncate(self.room);
             self.threshold = self.keys[self.room - 1];
@@ -274,6 +366,41 @@ mod tests {
         tap.restore(copy);
         tap.end_step();
         assert_eq!(tap.close(), Some(window));
+    }
+
+    #[test]
+    fn taps_of_one_pool_keep_the_best_of_all_weights_and_little_beside() {
+        let mut random = crate::random::Seed(6).stream("pool", &[]);
+        let no_weight = |_: usize, _: &mut [f32]| {};
+        let weights: Vec<Vec<f32>> =
+            (0..9).map(|_| (0..500).map(|_| random.below(300) as f32 - 150.0).collect()).collect();
+        for (room, changed) in [(1, vec![]), (40, vec![0, 63, 64, 130, 499]), (9999, vec![7])] {
+            let scoring = Scoring { only_unchanged: true, ..Scoring::GRADIENT };
+            let pool = Pool::new(room);
+            let taps: Vec<Tap> = weights.iter().map(|_| Tap::new(scoring)).collect();
+            for (tap, gradient) in taps.iter().zip(&weights) {
+                tap.open_in(&pool);
+                tap.see(gradient, 20, &no_weight, &changed);
+            }
+            let kept: Vec<(usize, u32)> = taps
+                .iter()
+                .enumerate()
+                .flat_map(|(place, tap)| {
+                    let window = tap.close().unwrap();
+                    window.candidates.into_iter().map(move |index| (place, index))
+                })
+                .collect();
+            let mut best: Vec<(usize, u32)> = (0..9)
+                .flat_map(|place| (0..500).map(move |index| (place, index)))
+                .filter(|(_, index)| !changed.contains(index))
+                .collect();
+            // Stable: ties go to the earlier weight and the lower index.
+            best.sort_by_key(|(place, index)| -weights[*place][*index as usize].abs() as i32);
+            assert!(best.iter().take(room).all(|entry| kept.contains(entry)), "room {room}");
+            assert!(!kept.iter().any(|(_, index)| changed.contains(index)));
+            // Each weight may keep one more that equals the last of the best.
+            assert!(kept.len() <= 6 * room + 9, "{} kept for room {room}", kept.len());
+        }
     }
 
     #[test]

@@ -61,9 +61,16 @@ fn compile(pattern: &str, setting: &str) -> Result<Regex> {
         what: "not a regular expression".to_owned(),
         expected: "a suffix such as `q_proj`, or a regular expression over the module's path"
             .to_owned(),
-        found: format!("`{pattern}`: {error}"),
-        help: "escape dots as `\\.`".to_owned(),
+        found: format!("`{pattern}`: {}", reason(&error)),
+        help: "any text is `.*`, and a dot itself `\\.`".to_owned(),
     })
+}
+
+/// Returns the last line of a mistake, which says what it is; those before it draw the place.
+fn reason(error: &regex::Error) -> String {
+    let text = error.to_string();
+    let line = text.lines().last().unwrap_or_default();
+    line.trim_start_matches("error: ").to_owned()
 }
 
 /// Returns whether `pattern` selects the module path, by suffix or as a regular expression.
@@ -126,7 +133,12 @@ impl Targets {
         for layer in &self.layers {
             if *layer >= spec.num_layers {
                 return Err(Error::Setting {
-                    setting: format!("{setting}.layers"),
+                    // `layers` stands beside `targets`.
+                    setting: setting
+                        .rsplit_once('.')
+                        .map_or(setting, |(table, _)| table)
+                        .to_owned()
+                        + ".layers",
                     what: "no such layer".to_owned(),
                     expected: format!("0 to {}", spec.num_layers.saturating_sub(1)),
                     found: layer.to_string(),
@@ -154,13 +166,11 @@ impl Targets {
                         paths.push(last);
                     }
                 }
-                let near = nearest_list(name, paths.iter().copied());
-                let all = paths.join(", ");
                 return Err(Error::NoTarget {
                     target: name.clone(),
                     kind: among.what(),
-                    nearest: if near == "none" { all.clone() } else { near },
-                    help: format!("this model has: {all}"),
+                    nearest: nearest_list(name, paths.iter().copied()),
+                    help: format!("this model has: {}", paths.join(", ")),
                 });
             }
         }
@@ -181,6 +191,16 @@ impl Targets {
             })
             .map(|(weight, _)| weight)
             .collect();
+        if self.names.is_empty() {
+            return Err(Error::Unsupported {
+                what: format!(
+                    "the method on {} (it has no {} of this kind)",
+                    spec.class,
+                    among.what()
+                ),
+                help: "use another method, or name modules in `targets`".to_owned(),
+            });
+        }
         if kept.is_empty() {
             return Err(Error::NoTarget {
                 target: self.names.join(", "),

@@ -153,13 +153,19 @@ impl Adapter {
             return compressed::read(&file);
         }
         let path = folder.join(CONFIG);
-        let wrong = |what: &str, found: String| Error::Content {
-            path: path.clone(),
-            what: what.to_owned(),
-            expected: "the adapter_config.json of a PEFT adapter".to_owned(),
-            found,
-            help: "give the folder that holds adapter_config.json and adapter_model.safetensors"
-                .to_owned(),
+        let wrong = |what: &str, found: String| {
+            let inside = folder.join("adapter");
+            let run = inside.join(CONFIG).is_file().then(|| format!("`{}`, ", inside.display()));
+            Error::Content {
+                path: path.clone(),
+                what: what.to_owned(),
+                expected: "the adapter_config.json of a PEFT adapter".to_owned(),
+                found,
+                help: format!(
+                    "give {}the folder that holds adapter_config.json and adapter_model.safetensors",
+                    run.unwrap_or_default()
+                ),
+            }
         };
         let text = std::fs::read_to_string(&path)
             .map_err(|error| wrong("the file cannot be read", error.to_string()))?;
@@ -339,7 +345,10 @@ impl Adapter {
             what: "the adapter does not fit this model".to_owned(),
             expected: "every tensor of the adapter at its place in the base".to_owned(),
             found,
-            help: "use the base the adapter was trained on".to_owned(),
+            help:
+                "use the base the adapter was trained on; if this is it, the file is damaged: copy \
+                   it again"
+                    .to_owned(),
         })
     }
 }

@@ -79,8 +79,8 @@ impl BitFit {
             .collect();
         if biases.is_empty() {
             return Err(Error::Unsupported {
-                what: format!("bitfit on {}, which has no such bias", spec.class),
-                help: "train its norms (`ln-tuning`), or use a method that adds parameters, such \
+                what: format!("bitfit on {} (it has no such bias)", spec.class),
+                help: "train its norms (`ln_tuning`), or use a method that adds parameters, such \
                        as `ssf` or `lora`"
                     .to_owned(),
             });

@@ -74,12 +74,13 @@ pub fn divides(setting: &str, target: &Target, number: usize, width: usize) -> R
         return Ok(());
     }
     let below = (1..number.min(width + 1)).rev().find(|n| width.is_multiple_of(*n)).unwrap_or(1);
-    let after = (number + 1..=width).find(|n| width.is_multiple_of(*n)).unwrap_or(width);
+    let after = (number + 1..=width).find(|n| width.is_multiple_of(*n));
+    let after = after.map(|after| format!(" or {after}")).unwrap_or_default();
     let name = setting.rsplit('.').next().unwrap_or(setting);
     Err(Error::Setting {
         setting: format!("method.{setting}"),
         what: format!("does not divide the width {width} of {}", target.module),
-        expected: format!("a divisor, such as {below} or {after}"),
+        expected: format!("a divisor, such as {below}{after}"),
         found: number.to_string(),
         help: format!("change `{name}`, or leave this module out with `exclude`"),
     })

@@ -35,6 +35,17 @@ pub fn is_compressed(path: &Path) -> bool {
 /// # Errors
 /// If the file is damaged, or does not say what it is added to.
 pub(crate) fn read(path: &Path) -> Result<Adapter> {
+    if path.with_file_name("adapter_config.json").is_file()
+        && path.extension().is_some_and(|end| end != "compeft")
+    {
+        return Err(Error::Content {
+            path: path.to_owned(),
+            what: "one file of an adapter is not all of it".to_owned(),
+            expected: "the adapter's folder".to_owned(),
+            found: "a file".to_owned(),
+            help: format!("give `{}`", path.parent().unwrap_or(path).display()),
+        });
+    }
     decode(&CompeftFile::open(path)?, 1.0)
 }
 

@@ -4,17 +4,18 @@ use std::sync::Arc;
 
 use retune_core::Result;
 use retune_core::change::Scope;
-use retune_core::kernels::linear_frozen;
 use retune_core::kernels::matrix::PackedMatrix;
+use retune_core::kernels::{linear, linear_frozen};
 use retune_core::method::{Card, Promises};
 use retune_core::random::Random;
 use retune_core::targets::Among;
 use retune_core::weights::Weights;
 use retune_options::options;
-use tensor::Tensor;
+use tensor::{Tensor, TensorData};
 
 use crate::checks;
 use crate::frame::{self, Built, Context, Facts, Formula, Held, Slot, Target, View, WeightMethod};
+use crate::linear_algebra::{identity, inverse};
 use crate::registry::{self, Plugin};
 
 options! {
@@ -132,6 +133,26 @@ impl Hra {
     }
 }
 
+impl Hra {
+    /// Computes [`Hra::reflect`] with two products in all, which keep no reflected copies of `x`.
+    ///
+    /// The chain is `I − U·T·Uᵀ` with the directions as columns of U, and T the inverse of the strictly
+    /// upper triangle of UᵀU with ½ on its diagonal (Schreiber and Van Loan, 1989).
+    fn reflect_at_once(x: &Tensor<2>, directions: Vec<Tensor<2>>) -> Tensor<2> {
+        let rank = directions.len();
+        let units = Tensor::cat(directions, 1);
+        let device = units.device();
+        let upper = |i: usize| if i % rank > i / rank { 1.0_f32 } else { 0.0 };
+        let upper: Vec<f32> = (0..rank * rank).map(upper).collect();
+        let upper = Tensor::<2>::from_data(TensorData::new(upper, [rank, rank]), &device);
+        let gram = units.clone().transpose().matmul(units.clone());
+        let turned = gram * upper + identity(rank, &device).mul_scalar(0.5);
+        let turned = inverse(turned.unsqueeze_dim::<3>(0)).squeeze_dim::<2>(0);
+        let along = linear(x.clone(), units.clone().transpose(), None);
+        x.clone() - linear(along, units.matmul(turned.transpose()), None)
+    }
+}
+
 impl Formula for Hra {
     fn weight(&self, base: Tensor<2>, tensors: &View<'_>) -> Tensor<2> {
         Self::reflect(base, self.directions(tensors).into_iter())
@@ -146,8 +167,7 @@ impl Formula for Hra {
         scope: &mut Scope<'_>,
     ) -> Option<Tensor<2>> {
         // x·(W·H₁⋯Hᵣ)ᵀ = (x·Hᵣ⋯H₁)·Wᵀ, since reflections are symmetric.
-        let directions = self.directions(&held.view(scope));
-        let x = Self::reflect(x.clone(), directions.into_iter().rev());
-        Some(linear_frozen(x, base, bias.cloned()))
+        let directions = self.directions(&held.view(scope)).into_iter().rev().collect();
+        Some(linear_frozen(Self::reflect_at_once(x, directions), base, bias.cloned()))
     }
 }

@@ -13,7 +13,7 @@ use crate::adapter::PREFIX;
 use crate::registry;
 use crate::state::block::{Bottleneck, Nonlinearity, Plan};
 use crate::state::sublayer::{Adapter, Insertion};
-use crate::state::{Form, Made, Slot, Start, StateMethod, layers};
+use crate::state::{Form, Made, Needs, Slot, Start, StateMethod, layers};
 
 choice! {
     /// Which modules stand inside the layers.
@@ -185,6 +185,14 @@ impl StateMethod for Iaa {
 
     fn promises(&self) -> Promises {
         Promises::default()
+    }
+
+    fn needs(&self) -> Needs {
+        match self.aside {
+            Span::None | Span::SubLayer => Needs::OneStack,
+            // What enters a decoder's block is not what enters the encoder's.
+            Span::Layer | Span::Block => Needs::OneText,
+        }
     }
 
     fn examples() -> &'static [&'static str] {

@@ -5,7 +5,7 @@ use retune_core::method::{Card, Method, MethodPlan, PlannedParameter, Promises, 
 use retune_core::parameters::{ParameterId, Parameters};
 use retune_core::random::Seed;
 use retune_core::spec::{ModelSpec, WeightSpec};
-use retune_core::tap::{Scoring, Tap};
+use retune_core::tap::{Pool, Scoring, Tap};
 use retune_core::targets::{Among, Targets};
 use retune_core::weights::Weights;
 use retune_core::{Error, Result};
@@ -371,13 +371,14 @@ impl Method for Id3 {
         if self.options.order == Order::Random {
             return self.unmask_random(step, quota);
         }
+        if quota == 0 {
+            return Ok(());
+        }
+        // With several passes the first one names candidates, and all of them decide: it names
+        // more than are needed.
+        let pool = Pool::new(quota.saturating_mul(16).saturating_add(4096));
         for id in sparse_ids(step.parameters) {
-            // With several passes the first one names candidates, and all of them decide: it names
-            // more than are needed.
-            let room = if quota == 0 { 0 } else { 4 * quota + 1024 };
-            if let Some(tap) = step.parameters.tap(id).filter(|_| room > 0) {
-                tap.open(room);
-            }
+            step.parameters.tap(id).into_iter().for_each(|tap| tap.open_in(&pool));
         }
         Ok(())
     }

@@ -16,7 +16,7 @@ use tensor::{Tensor, activation};
 use crate::adapter::PREFIX;
 use crate::registry;
 use crate::state::keys::Keys;
-use crate::state::{FileTensors, Form, Made, Slot, Start, StateMethod, kaiming};
+use crate::state::{FileTensors, Form, Made, Needs, Slot, Start, StateMethod, kaiming};
 
 choice! {
     /// Over which tokens the mixture of outer factors is averaged.
@@ -128,6 +128,11 @@ impl StateMethod for Lily {
         options: registry::specs::<Self>,
     };
     const PEFT_TYPE: &'static str = "LILY";
+
+    fn needs(&self) -> Needs {
+        // The mixture is averaged over the tokens of a text.
+        Needs::OneText
+    }
 
     fn examples() -> &'static [&'static str] {
         &["rank = 2", "rank = 3\nexperts = 3\nstride = 2"]

@@ -84,6 +84,11 @@ impl WeightMethod for LohaOptions {
         ])
     }
 
+    fn kept_matrices(&self) -> u64 {
+        // Both products, their product, and the changed weight.
+        4
+    }
+
     fn build(
         &self,
         target: &Target,

@@ -13,7 +13,7 @@ use tensor::{Tensor, activation};
 use crate::adapter::PREFIX;
 use crate::registry;
 use crate::state::keys::{Keys, TASK};
-use crate::state::{Form, Made, Slot, Start, StateMethod, kaiming};
+use crate::state::{Form, Made, Needs, Slot, Start, StateMethod, kaiming};
 
 options! {
     /// Trains a store of low-rank changes and, for each task, how it mixes them.
@@ -87,6 +87,11 @@ impl StateMethod for Poly {
 
     fn promises(&self) -> Promises {
         Promises { num_tasks: Some(self.tasks), ..Promises::default() }
+    }
+
+    fn needs(&self) -> Needs {
+        // A text has a task.
+        Needs::OneText
     }
 
     fn examples() -> &'static [&'static str] {

@@ -6,6 +6,7 @@ use retune_core::{Error, Result};
 use retune_options::{OptionSpec, Options, Reader};
 use serde_json::Value;
 
+use crate::peft_config;
 use crate::{
     adalora, adamss, adapter_fusion, apet, autopeft, beft, bitfit, boft, c3a, cartridge,
     child_tuning, compacter, cpt, deft, delora, dept, diff_pruning, dsee, fourierft, frod, full,
@@ -118,7 +119,13 @@ pub fn names() -> impl Iterator<Item = &'static str> {
 /// # Errors
 /// If the type is unknown, or asks for something that is not supported.
 pub fn from_adapter(config: &Value) -> Result<Box<dyn Method>> {
-    let wanted = config.get("peft_type").and_then(Value::as_str).unwrap_or_default();
+    let Some(wanted) = config.get("peft_type").and_then(Value::as_str) else {
+        return Err(peft_config::error(
+            "peft_type",
+            config,
+            "the adapter's type, such as \"LORA\"",
+        ));
+    };
     let known = || METHODS.iter().filter_map(|plugin| plugin.adapter.map(|(name, _)| name));
     let found =
         METHODS.iter().find_map(|plugin| plugin.adapter.filter(|(name, _)| *name == wanted));

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use retune_core::change::{Changes, Scope, WeightChange};
 use retune_core::kernels::matrix::PackedMatrix;
 use retune_core::kernels::{Fastfood, fastfood, linear};
-use retune_core::method::{Card, Method, MethodPlan, PlannedParameter};
+use retune_core::method::{Card, Method, MethodPlan, PlannedParameter, Working};
 use retune_core::parameters::{ParameterId, Parameters};
 use retune_core::random::Seed;
 use retune_core::spec::{Kind, ModelSpec, WeightSpec};
@@ -84,16 +84,13 @@ impl WeightChange for Along {
     fn materialize(&self, base: Tensor<2>, scope: &Scope<'_>) -> Tensor<2> {
         let shape = base.dims();
         let count = scope.parameters().get(self.directions).count();
-        let moved = fastfood(scope.tensor(self.directions, [count]), &self.map).reshape(shape);
-        let moved = match self.scale {
-            None => moved,
-            Some((scales, place)) => {
-                let all = scope.parameters().get(scales).count();
-                let scale = scope.tensor::<1>(scales, [all]).narrow(0, place, 1);
-                moved * scale.reshape([1, 1])
-            }
-        };
-        base + moved
+        let mut directions = scope.tensor::<1>(self.directions, [count]);
+        if let Some((scales, place)) = self.scale {
+            let all = scope.parameters().get(scales).count();
+            // Before the map: what it makes of them, as large as the weight, need not be kept then.
+            directions = directions * scope.tensor::<1>(scales, [all]).narrow(0, place, 1);
+        }
+        base + fastfood(directions, &self.map).reshape(shape)
     }
 
     fn linear(
@@ -175,6 +172,15 @@ impl Method for Said {
         let held: usize = chosen.iter().map(|weight| 8 * weight.count().next_power_of_two()).sum();
         let notes = vec![format!("the directions take {} MiB while they are in use", held >> 20)];
         Ok(MethodPlan { parameters, notes })
+    }
+
+    fn working(&self, spec: &ModelSpec) -> Working {
+        let (chosen, ..) = self.chosen(spec).unwrap_or_default();
+        // The map, and the changed weight.
+        let bytes =
+            |weight: &&WeightSpec| 8 * weight.count().next_power_of_two() + 4 * weight.count();
+        let bytes: usize = chosen.iter().map(bytes).sum();
+        Working { bytes: bytes as u64, ..Working::default() }
     }
 
     fn attach(

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use retune_core::change::Changes;
 use retune_core::method::{
     Card, FlatGradients, Method, MethodPlan, POOL, Part, PlannedParameter, Promises, Reference,
-    StepView,
+    StepView, Working,
 };
 use retune_core::parameters::{Parameters, name_in_part};
 use retune_core::random::Seed;
@@ -364,6 +364,16 @@ impl Method for Stack {
             }
         }
         Ok(plan)
+    }
+
+    fn working(&self, spec: &ModelSpec) -> Working {
+        self.parts.iter().map(|part| part.method.working(spec)).fold(
+            Working::default(),
+            |sum, own| Working {
+                bytes: sum.bytes + own.bytes,
+                values_per_token: sum.values_per_token + own.values_per_token,
+            },
+        )
     }
 
     fn attach(

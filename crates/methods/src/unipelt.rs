@@ -5,7 +5,7 @@
 
 use retune_core::change::{Changes, Scope, SiteView, StateChange};
 use retune_core::kernels::{AttentionOptions, linear};
-use retune_core::method::Card;
+use retune_core::method::{Card, Working};
 use retune_core::parameters::ParameterId;
 use retune_core::site::{Site, Sublayer};
 use retune_core::spec::{ModelSpec, Role, WeightSpec};
@@ -195,6 +195,14 @@ impl StateMethod for Unipelt {
         Ok(changes)
     }
 
+    fn working(&self, spec: &ModelSpec) -> Working {
+        // Queries, what they see in the prefix and what comes of it; the adapter's input and output.
+        let prefix = if self.prefix > 0 { 3 * spec.num_heads * spec.head_width } else { 0 };
+        let adapter = if self.bottleneck > 0 { 2 * spec.width } else { 0 };
+        let layers = self.check(spec).map_or(0, |layers| layers.len());
+        Working { values_per_token: ((prefix + adapter) * layers) as u64, ..Working::default() }
+    }
+
     fn modules_to_save(&self) -> &[String] {
         &self.modules_to_save
     }
@@ -240,8 +248,9 @@ impl StateChange for GatedLowRank {
     fn apply(&self, y: Tensor<2>, at: &SiteView<'_>, scope: &mut Scope<'_>) -> Tensor<2> {
         let Some(x) = at.input else { return y };
         let low = linear(x.clone(), scope.tensor(self.a, [self.rank, self.columns]), None);
-        let added = linear(low, scope.tensor(self.b, [self.rows, self.rank]), None);
-        y + added.mul_scalar(self.scale) * self.gate.of(x, scope)
+        // In the narrow middle: what is multiplied is kept for the backward pass.
+        let low = low * self.gate.of(x, scope).mul_scalar(self.scale);
+        y + linear(low, scope.tensor(self.b, [self.rows, self.rank]), None)
     }
 }
 

@@ -255,6 +255,24 @@ impl Search {
         }
     }
 
+    /// Returns how many numbers of directions are tried from here on at most.
+    pub fn most_left(&self) -> usize {
+        let Question { from, to, precision, .. } = self.question;
+        let steps = |factor: f64, step: f64| (factor.ln() / step.ln()).max(1.0).log2().ceil();
+        // Each halves the factor, as a logarithm; rounding to a whole number costs one more at most.
+        let narrowing = |factor: f64| steps(factor, precision) + 1.0;
+        let doubling = |from: usize| (to as f64 / from as f64).log2().max(0.0).ceil();
+        let most = match self.bracket() {
+            [None, None] => 1.0 + doubling(from) + narrowing(2.0),
+            [None, Some((largest, _))] if largest >= to => 0.0,
+            [None, Some((largest, _))] => doubling(largest) + narrowing(2.0),
+            [Some(_), None] => 0.0,
+            [Some(_), Some(_)] if self.next_dimension().is_none() => 0.0,
+            [Some((reached, _)), Some((below, _))] => narrowing(reached as f64 / below as f64),
+        };
+        most as usize
+    }
+
     /// Says in one sentence what was found.
     pub fn verdict(&self) -> String {
         let percent = 100.0 * self.question.share;
@@ -380,10 +398,17 @@ mod tests {
     /// Follows a search over a curve until it is over; returns the dimensions in their order.
     fn follow(question: &Question, score: impl Fn(usize) -> Option<f64>) -> (Vec<usize>, Search) {
         let mut runs = vec![run(Trained::Full, 0.001, Some(0.8))];
-        let mut order = Vec::new();
+        let (mut order, mut left) = (Vec::new(), Vec::new());
         loop {
             let search = Search::of("digits", question, None, &runs).unwrap();
-            let Some(dimension) = search.next_dimension() else { return (order, search) };
+            left.push(search.most_left());
+            let Some(dimension) = search.next_dimension() else {
+                // What was said to be left was at every point at least what came.
+                let came = (0..left.len()).rev();
+                assert!(came.zip(&left).all(|(came, left)| came <= *left), "{left:?}");
+                assert_eq!(left.last(), Some(&0), "{left:?}");
+                return (order, search);
+            };
             order.push(dimension);
             runs.push(run(Trained::Dimension(dimension), 0.1, score(dimension)));
         }
@@ -401,6 +426,19 @@ mod tests {
         let page = search.to_markdown();
         assert!(page.contains("| full | 0.001 | 0.8000 | 1.000 | 7 | 0.0 s |"), "{page}");
         assert!(page.contains("The base, untuned: 0.1000"), "{page}");
+    }
+
+    #[test]
+    fn no_more_are_tried_than_was_said() {
+        for (from, to, precision) in
+            [(1, 100, 1.01), (3, 5000, 1.1), (10, 10_000, 1.25), (7, 7, 2.0)]
+        {
+            let question = Question { from, to, precision, ..question() };
+            for reached in [1, 2, 9, 11, 100, 777, 4000, 20_000] {
+                // `follow` compares.
+                let _ = follow(&question, |d| Some(if d >= reached { 0.8 } else { 0.1 }));
+            }
+        }
     }
 
     #[test]

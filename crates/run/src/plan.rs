@@ -113,7 +113,8 @@ impl Plan {
         let statistics = splits.train.dataset.statistics().clone();
         let forecast = {
             let keys = statistics.tokens as f64 / statistics.rows.max(1) as f64;
-            Forecaster { recipe, method: &method, opened, tokens, keys }.fitted()?
+            let working = recipe.method.working(opened.checkpoint.model.spec());
+            Forecaster { recipe, method: &method, working, opened, tokens, keys }.fitted()?
         };
         let mut warnings = warnings(recipe, splits, &statistics, learning_rate, (low, high));
         warnings.extend(method.notes.iter().cloned());

@@ -74,6 +74,9 @@ const LORA: Case<'static> = Case {
     of_lengths: false,
 };
 
+/// What stands behind the name of a method that is measured over 4-bit blocks.
+pub(crate) const ON_BLOCKS: &str = "@4bit";
+
 /// Tokens of a step of the cases that differ in length.
 const LENGTHS_TOKENS: usize = 2048;
 
@@ -210,9 +213,13 @@ const LANGUAGE: &str = "smollm2-135m-instruct";
 const ENCODER: &str = "all-minilm-l6-v2";
 
 impl<'a> Case<'a> {
-    /// Makes the case of any method with its defaults.
-    pub(crate) fn of_method(method: &'a str) -> Self {
-        Case { method, ..LORA }
+    /// Makes the case of any method with its defaults; behind `@4bit` over a base that stays in its
+    /// 4-bit blocks.
+    pub(crate) fn of_method(name: &'a str) -> Self {
+        match name.strip_suffix(ON_BLOCKS) {
+            Some(method) => Case { method, weights: "stored", model: Model::Blocks, ..LORA },
+            None => Case { method: name, ..LORA },
+        }
     }
 
     /// Names what runs: cases with the same subject share a measurement.

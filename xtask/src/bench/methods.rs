@@ -6,7 +6,7 @@ use std::process::Command;
 
 use serde_json::{Map, Value, json};
 
-use super::cases::{Case, Inputs};
+use super::cases::{Case, Inputs, ON_BLOCKS};
 use super::table::Table;
 use super::{Rounds, median, number};
 use crate::output;
@@ -34,11 +34,16 @@ pub(crate) fn measure(
 ) -> Result<(Value, String), String> {
     let names = if names.is_empty() { all(program)? } else { names.to_vec() };
     let mut list: Vec<&str> = names.iter().map(String::as_str).collect();
+    let on_blocks = format!("lora{ON_BLOCKS}");
+    if list.iter().any(|name| name.ends_with(ON_BLOCKS)) && !list.contains(&on_blocks.as_str()) {
+        list.insert(0, &on_blocks);
+    }
     for other in ["lora", "full"] {
         let asked = |goal: &(&[&str], f64, &str)| {
             goal.2 == other && goal.0.iter().any(|name| list.contains(name))
         };
-        if !list.contains(&other) && (other == "lora" || GOALS.iter().any(asked)) {
+        let beside = |name: &&str| other == "lora" && !name.ends_with(ON_BLOCKS);
+        if !list.contains(&other) && (list.iter().any(beside) || GOALS.iter().any(asked)) {
             list.insert(0, other);
         }
     }
@@ -107,10 +112,11 @@ fn row(name: &str, rounds: &Rounds, refused: Option<&Value>) -> Value {
         let ratio = own.iter().zip(other).map(|(m, o)| o.tokens_per_second / m.tokens_per_second);
         median(ratio.collect())
     };
+    let base = if name.ends_with(ON_BLOCKS) { ON_BLOCKS } else { "" };
     let finite = |value: f64| if value.is_finite() { json!(value) } else { Value::Null };
     json!({
         "step_s": finite(of(&|m| 1024.0 / m.tokens_per_second)),
-        "steps_of_lora": finite(against("lora")),
+        "steps_of_lora": finite(against(&format!("lora{base}"))),
         "steps_of_full": finite(against("full")),
         "peak_mib": finite(of(&|m| m.peak_bytes / f64::from(1 << 20))),
         "forecast_mib": finite(of(&|m| m.forecast_bytes / f64::from(1 << 20))),
@@ -119,6 +125,7 @@ fn row(name: &str, rounds: &Rounds, refused: Option<&Value>) -> Value {
 }
 
 fn goal(name: &str) -> Option<(f64, &'static str)> {
+    let name = name.strip_suffix(ON_BLOCKS).unwrap_or(name);
     let found = GOALS.iter().find(|(names, ..)| names.contains(&name));
     found.map(|(_, most, other)| (*most, *other))
 }
@@ -187,6 +194,19 @@ mod tests {
         let text = table(&rows).to_string();
         assert!(text.contains("≤ 1.1 of lora's: met") && text.contains("+25 % !"), "{text}");
         assert!(text.contains("no such bias"), "{text}");
+    }
+
+    #[test]
+    fn a_method_over_blocks_is_held_against_lora_over_blocks() {
+        let rounds = Rounds::from([
+            ("lora".to_owned(), vec![measured(999.0)]),
+            ("lora@4bit".to_owned(), vec![measured(512.0)]),
+            ("spiel@4bit".to_owned(), vec![measured(256.0)]),
+        ]);
+        let row = row("spiel@4bit", &rounds, None);
+        assert_eq!(row["steps_of_lora"], 2.0);
+        let text = table(&Map::from_iter([("spiel@4bit".to_owned(), row)])).to_string();
+        assert!(text.contains("≤ 1.3 of lora's: missed"), "{text}");
     }
 
     #[test]

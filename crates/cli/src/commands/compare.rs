@@ -1,5 +1,6 @@
 //! `compare`: one recipe under many methods and seeds.
 
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -7,7 +8,6 @@ use retune_core::names::nearest_list;
 use retune_methods::registry;
 use retune_run::compare::{Arm, ArmResult, Comparison, Standing, arm_recipe, standing};
 use retune_run::recipe::Recipe;
-use serde_json::Value;
 
 use super::report;
 use crate::args::RecipeArguments;
@@ -117,19 +117,18 @@ fn finished(
     let run = |arguments: &[&Path]| -> Result<(), String> {
         let program = std::env::current_exe().map_err(|error| error.to_string())?;
         let mut command = Command::new(program);
-        command.arg("--json").args(arguments).stdin(Stdio::null()).stderr(Stdio::piped());
-        let output = command.output().map_err(|error| error.to_string())?;
-        if output.status.success() {
-            return Ok(());
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().map_err(|error| error.to_string())?;
+        let lines = child.stderr.take().map(|stderr| BufReader::new(stderr).lines());
+        let mut said = Vec::new();
+        for line in lines.into_iter().flatten().map_while(Result::ok) {
+            if !quiet && is_progress(&line) {
+                eprintln!("{what}: {line}");
+            }
+            said.push(line);
         }
-        let said = serde_json::from_slice::<Value>(&output.stdout).ok();
-        let message = said.and_then(|said| Some(said.get("message")?.as_str()?.to_owned()));
-        Err(message.unwrap_or_else(|| {
-            let stderr = String::from_utf8_lossy(&output.stderr);
-            let tail: Vec<&str> = stderr.lines().rev().take(10).collect();
-            let tail: Vec<&str> = tail.into_iter().rev().collect();
-            format!("the run ended with {}\n{}", output.status, tail.join("\n"))
-        }))
+        let status = child.wait().map_err(|error| error.to_string())?;
+        if status.success() { Ok(()) } else { Err(failure(&said, &status.to_string())) }
     };
     match found {
         Standing::Finished(done) => return ArmResult::read(arm.clone(), &done).map_err(plain),
@@ -148,6 +147,22 @@ fn finished(
     match standing(folder, arm, text).map_err(plain)? {
         Standing::Finished(done) => ArmResult::read(arm.clone(), &done).map_err(plain),
         other => Err(format!("the run ended without a report: {other:?}")),
+    }
+}
+
+/// Returns whether a line says how far a run is; the rest is what was decided, which the reports have.
+fn is_progress(line: &str) -> bool {
+    line.starts_with("step ") || line.ends_with(" …")
+}
+
+/// Returns the error among the lines of a run that failed, or else its last lines.
+fn failure(said: &[String], status: &str) -> String {
+    match said.iter().position(|line| line.starts_with("error: ")) {
+        Some(place) => said[place..].join("\n").trim_start_matches("error: ").to_owned(),
+        None => {
+            let tail = &said[said.len().saturating_sub(10)..];
+            format!("the run ended with {status}\n{}", tail.join("\n"))
+        }
     }
 }
 

@@ -1,14 +1,20 @@
 //! `intrinsic-dimension`: the fewest random directions that do what tuning the whole model does.
 
 use std::path::Path;
+use std::time::Duration;
 
+use indicatif::HumanDuration;
+use retune_core::spec::Head;
 use retune_run::compare::{ArmResult, arm_recipe};
 use retune_run::intrinsic_dimension::{Question, Search, Trained, Trial};
-use retune_run::recipe::Recipe;
+use retune_run::prepare::Prepared;
+use retune_run::recipe::{EvaluationKind, Recipe};
 
 use super::compare::{carry_out, read};
 use super::report;
+use super::session::with_environment;
 use crate::args::{Probe, RecipeArguments};
+use crate::environment::clock;
 use crate::failure::Failure;
 use crate::table::table;
 
@@ -31,7 +37,8 @@ pub(crate) fn intrinsic_dimension(
         Recipe::parse_as(&name, &bytes, &arguments.set, Some("said")).map_err(Failure::Recipe)?;
     let folder = recipe.runs.join(format!("{}-intrinsic-dimension", recipe.name));
     let folder = std::path::absolute(&folder).unwrap_or(folder);
-    let all_seeds = |trial: &Trial| -> Result<Vec<ArmResult>, Failure> {
+    let mut begun = 0;
+    let mut all_seeds = |trial: &Trial| -> Result<Vec<ArmResult>, Failure> {
         let seeds = (0..probe.seeds).map(|add| recipe.seed.wrapping_add(add));
         seeds
             .map(|seed| {
@@ -39,10 +46,19 @@ pub(crate) fn intrinsic_dimension(
                 let overrides = [arguments.set.clone(), settings].concat();
                 let text = arm_recipe(&name, &bytes, &overrides, &arm, &folder)
                     .map_err(Failure::Recipe)?;
-                carry_out(&folder, &arm, &text, &arm.name(), json)
+                begun += 1;
+                carry_out(&folder, &arm, &text, &format!("[{begun}] {}", arm.name()), json)
             })
             .collect()
     };
+    // A mistake shows before the whole model is tuned, which may take hours.
+    for method in ["full", "said"] {
+        let (recipe, _) = Recipe::parse_as(&name, &bytes, &arguments.set, Some(method))
+            .map_err(Failure::Recipe)?;
+        check(recipe, probe.metric.as_deref(), json)?;
+    }
+    let started = clock();
+    let per_dimension = probe.seeds as usize * probe.rates.len();
     let mut runs = Vec::new();
     let mut trained = Trained::Full;
     let found = loop {
@@ -60,6 +76,15 @@ pub(crate) fn intrinsic_dimension(
             write(&folder, &search)?;
         }
         let search = Search::of(&recipe.name, &question, probe.metric.as_deref(), &runs)?;
+        if !json {
+            let all = || runs.iter().flat_map(|(_, results)| results);
+            // Runs an earlier call finished take no time now.
+            let trained: f64 = all().map(|run| run.train_s).sum();
+            let left = search.most_left() * per_dimension;
+            let time = (clock() - started).max(trained) / all().count() as f64 * left as f64;
+            let time = HumanDuration(Duration::from_secs_f64(time.clamp(0.0, 1e9)));
+            eprintln!("at most {left} runs are left, about {time} at the pace so far");
+        }
         if search.full.is_none() {
             let error = search.trials.iter().find_map(|trial| trial.error.clone());
             return Err(Failure::Failed(format!(
@@ -76,6 +101,22 @@ pub(crate) fn intrinsic_dimension(
     let mut directions = found.trials.iter().filter(|trial| trial.trained != Trained::Full);
     if directions.all(|trial| trial.score.is_none()) {
         return Err(Failure::Failed("every run failed; see report.md for each error".to_owned()));
+    }
+    Ok(())
+}
+
+/// Opens the model and reads the rows, and refuses what the first run would fail at.
+fn check(recipe: Recipe, metric: Option<&str>, json: bool) -> Result<(), Failure> {
+    let kind = recipe.evaluate.kind;
+    let prepared = with_environment(json, |environment| Ok(Prepared::make(recipe, environment)?))?;
+    let is_language = matches!(prepared.opened.checkpoint.model.spec().head, Head::Language { .. });
+    if is_language && kind == EvaluationKind::Loss && metric.is_none() {
+        return Err(Failure::Failed(
+            "nothing would be scored: the recipe measures the loss, of which less is better\n  \
+             expected: a score, of which full tuning's share can be reached\n  found: \
+             evaluate.kind = \"loss\"\n  help: set `evaluate.kind` to \"choice\" or \"generate\""
+                .to_owned(),
+        ));
     }
     Ok(())
 }

@@ -167,6 +167,11 @@ pub trait WeightMethod: Options + Debug + Send + Sync + 'static {
         Vec::new()
     }
 
+    /// Returns how many matrices of the weight's shape are kept for the backward pass of each target.
+    fn kept_matrices(&self) -> u64 {
+        0
+    }
+
     /// Returns what the method promises with these options.
     fn promises(&self) -> Promises {
         Promises::default()

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use retune_core::Result;
 use retune_core::change::Changes;
 use retune_core::method::{
-    Card, FileIntegers, FileTensors, Method, MethodPlan, Promises, StepView,
+    Card, FileIntegers, FileTensors, Method, MethodPlan, Promises, StepView, Working,
 };
 use retune_core::parameters::Parameters;
 use retune_core::random::Seed;
@@ -168,6 +168,12 @@ impl<M: WeightMethod> Method for Tuner<M> {
             plan.parameters.push(replacement::plan(name, weight));
         }
         Ok(plan)
+    }
+
+    fn working(&self, spec: &ModelSpec) -> Working {
+        let targets = self.targets(spec).unwrap_or_default();
+        let count: usize = targets.iter().map(|target| target.rows * target.columns).sum();
+        Working { bytes: 4 * self.options.kept_matrices() * count as u64, ..Working::default() }
     }
 
     fn attach(

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use retune_core::change::Changes;
 pub use retune_core::method::FileTensors;
 use retune_core::method::{
-    Card, Method, MethodPlan, PlannedParameter, Promises, Refusal, StepView,
+    Card, Method, MethodPlan, PlannedParameter, Promises, Refusal, StepView, Working,
 };
 use retune_core::parameters::{ParameterId, Parameters};
 use retune_core::random::Seed;
@@ -204,7 +204,7 @@ impl Needs {
     pub fn check(self, method: &str, spec: &ModelSpec) -> Result<()> {
         let Some(refusal) = self.refusal().filter(|no| (no.applies)(spec)) else { return Ok(()) };
         Err(Error::Unsupported {
-            what: format!("{method} on {}, one of the models {}", spec.class, refusal.models),
+            what: format!("{method} on models {} (here {})", refusal.models, spec.class),
             help: "use a method that changes weights, such as lora, or ssf".to_owned(),
         })
     }
@@ -285,6 +285,11 @@ pub trait StateMethod: Options + Debug + Send + Sync + 'static {
     /// Returns what a person should know before the run.
     fn notes(&self, _spec: &ModelSpec) -> Vec<String> {
         Vec::new()
+    }
+
+    /// Returns what the operations hold through a step.
+    fn working(&self, _spec: &ModelSpec) -> Working {
+        Working::default()
     }
 
     /// Acts between two optimiser steps.
@@ -405,6 +410,10 @@ impl<T: StateMethod> Method for State<T> {
         let whole = beside.into_iter().map(|(name, weight)| replacement::plan(name, weight));
         let notes = self.options.notes(spec);
         Ok(MethodPlan { parameters: own.chain(whole).collect(), notes })
+    }
+
+    fn working(&self, spec: &ModelSpec) -> Working {
+        self.options.working(spec)
     }
 
     fn attach(
