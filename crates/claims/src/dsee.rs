@@ -11,7 +11,7 @@ use retune_core::spec::{ModelSpec, Role};
 use crate::encoder::{Encoder, Sizes};
 use crate::lab::{Lab, Pace, Values, method};
 use crate::regression::{self, Regression};
-use crate::sentences::{VOCABULARY, WORDS, document, pretrained, sentence};
+use crate::sentences::{VOCABULARY, document, keyed, pretrained};
 use crate::{Claim, Clock, Proof, Prove, Result, each, mean, side_by_side};
 
 /// The claim.
@@ -24,9 +24,9 @@ pub(crate) const CLAIM: Claim = Claim {
              accuracy near the unpruned LoRA and beats random heads; free entries beside the low-rank \
              change help.",
     run: "Encoder of 4 blocks, width 128 and 8 heads that learned to fill gaps in sentences of a \
-          made-up language (600 steps of 32); the task names the kinds of the third and the tenth \
-          word, 800 rows, 200 steps of 32 at 1e-3 on queries and values with a new head, 2 of 8 heads \
-          per layer pruned half-way, accuracy on 1000 rows, five seeds; chance is 0.25. Then planted \
+          made-up language (600 steps of 32); the task is which of two key words comes \
+          first, 2000 rows, 400 steps of 32 at 3e-3 on queries and values with a new head, 2 of 8 heads \
+          per layer pruned half-way, accuracy on 1000 rows, five seeds; chance is 0.5. Then planted \
           entries in random 256 x 256 matrices, and linear regression 64 x 64 whose truth is rank 2 \
           with 20 entries of 1.5 (2500 steps of 64 at 1e-2, noise 0.05, two seeds).",
     quick: false,
@@ -34,10 +34,10 @@ pub(crate) const CLAIM: Claim = Claim {
 };
 
 const NUM_SEEDS: u64 = 5;
-const NUM_TRAIN: usize = 800;
+const NUM_TRAIN: usize = 2000;
 const NUM_TEST: usize = 1000;
-const STEPS: u64 = 200;
-const RATE: f64 = 1e-3;
+const STEPS: u64 = 400;
+const RATE: f64 = 3e-3;
 const LENGTH: usize = 12;
 const WIDTH: usize = 128;
 const LAYERS: usize = 4;
@@ -66,7 +66,7 @@ fn sizes() -> Sizes {
 }
 
 fn heads(proof: &mut Proof) -> Result<()> {
-    let draw = |random: &mut Random| sentence(LENGTH, random);
+    let draw = |random: &mut Random| keyed(LENGTH, random).0;
     let pace = Pace::steps(600, 32, 2e-3);
     let base = pretrained(sizes(), LENGTH, 4000, pace, Seed(2100), draw)?;
     let mut accuracies: Vec<Vec<f64>> = vec![Vec::new(); ARMS.len()];
@@ -117,11 +117,20 @@ fn heads(proof: &mut Proof) -> Result<()> {
         );
     }
     let [lora, _, update, _, random] = &accuracies[..] else { unreachable!("five arms") };
-    if mean(lora) < 0.35 {
+    if mean(lora) < 0.6 {
         proof.notes.push(
             "Even the unpruned LoRA is near chance: what is asserted of heads says nothing here."
                 .to_owned(),
         );
+    }
+    if mean(lora) > 0.99 {
+        proof.notes.push(format!(
+            "The task is learned to its end with and without pruning ({:.4} unpruned, {:.4} pruned by the \
+             update, {:.4} at random): differences are single rows of 1000, and no order of arms follows.",
+            mean(lora),
+            mean(update),
+            mean(random)
+        ));
     }
     let gap = mean(update) - mean(lora);
     proof.assert(
@@ -154,12 +163,10 @@ fn heads(proof: &mut Proof) -> Result<()> {
 fn classifier(base: &Values, seed: Seed) -> Lab {
     let documents = (0..NUM_TRAIN + NUM_TEST).map(|row| {
         let mut random = seed.stream("task", &[row as u64]);
-        let words = sentence(LENGTH, &mut random);
-        let kind = |place: usize| u32::from(words[place] as usize >= WORDS / 2);
-        let class = 2 * kind(2) + kind(9);
+        let (words, class) = keyed(LENGTH, &mut random);
         document(words, class, row)
     });
-    let model = Encoder::new(VOCABULARY, LENGTH, sizes(), Some(4));
+    let model = Encoder::new(VOCABULARY, LENGTH, sizes(), Some(2));
     let mut lab = Lab::new(model, documents.collect(), seed);
     lab.set(base.clone());
     lab
@@ -198,46 +205,58 @@ fn pruning_nothing_is_none(lab: &Lab, train: &[usize], seed: Seed) -> Result<boo
 
 /// Entries planted beside a direction are found.
 fn planted(proof: &mut Proof) -> Result<()> {
-    const SIDE: usize = 256;
-    const SPIKES: usize = 16;
-    let mut hits = Vec::new();
-    for number in 0..3 {
-        let seed = Seed(2150 + number);
-        let mut random = seed.stream("planted", &[]);
-        let (mut u, mut v, mut values) = (vec![0.0; SIDE], vec![0.0; SIDE], vec![0.0; SIDE * SIDE]);
-        random.fill_normal(&mut u, 0.2);
-        random.fill_normal(&mut v, 0.2);
-        random.fill_normal(&mut values, 0.04);
-        let spikes = random.choose(SIDE * SIDE, SPIKES);
-        for (index, value) in values.iter_mut().enumerate() {
-            *value += u[index / SIDE] * v[index % SIDE];
-        }
-        for place in &spikes {
-            values[*place] += 0.5;
-        }
-        let zeros: Arc<[f32]> = vec![0.0; SIDE].into();
-        let model = Regression::new(Arc::clone(&zeros), zeros, &[SIDE, SIDE]);
-        let mut lab = Lab::new(model, Vec::new(), seed);
-        lab.set(Values::from([("head.weight".to_owned(), values)]));
-        let weights = lab.weights()?;
-        let mut parameters = Parameters::new(weights.device());
-        let options = format!("rank = 1\nentries = {SPIKES}\ntargets = ['head']");
-        method("dsee", &options)?.attach(&weights, &mut parameters, seed)?;
-        let entries: BTreeSet<usize> = parameters
-            .iter()
-            .filter(|(id, _)| parameters.support(*id).is_some())
-            .flat_map(|(id, _)| parameters.indices(id).to_vec())
-            .map(|index| index as usize)
-            .collect();
-        hits.push(spikes.iter().filter(|place| entries.contains(place)).count());
+    const SEEDS: u64 = 10;
+    let mut found = Vec::new();
+    let mut shown = Vec::new();
+    // How large the direction is the proof this follows does not say: smaller than the noise, as large,
+    // and six times as large.
+    for deviation in [0.1, 0.2, 0.5] {
+        let seeds = (0..SEEDS).map(|number| planted_hits(deviation, Seed(2150 + number)));
+        let hits = seeds.collect::<Result<Vec<usize>>>()?;
+        let of_size: Vec<String> = hits.iter().map(usize::to_string).collect();
+        shown.push(format!("N(0, {deviation}²) {}", of_size.join(", ")));
+        found.extend(hits);
     }
-    let shown: Vec<String> = hits.iter().map(ToString::to_string).collect();
     proof.assert(
-        "of 16 planted entries of 0.5 beside a direction and noise of 0.04, one round finds 15 or more",
-        shown.join(", "),
-        hits.iter().all(|hits| *hits >= 15),
+        "of 16 planted entries of 0.5 beside a direction and noise of 0.04, one round finds 15 or more, in \
+         every matrix",
+        format!("factors from {}", shown.join("; from ")),
+        found.iter().all(|hits| *hits >= 15),
     );
     Ok(())
+}
+
+/// Counts the planted entries that are chosen beside a direction with factors of this deviation.
+fn planted_hits(deviation: f64, seed: Seed) -> Result<usize> {
+    const SIDE: usize = 256;
+    const SPIKES: usize = 16;
+    let mut random = seed.stream("planted", &[]);
+    let (mut u, mut v, mut values) = (vec![0.0; SIDE], vec![0.0; SIDE], vec![0.0; SIDE * SIDE]);
+    random.fill_normal(&mut u, deviation);
+    random.fill_normal(&mut v, deviation);
+    random.fill_normal(&mut values, 0.04);
+    let spikes = random.choose(SIDE * SIDE, SPIKES);
+    for (index, value) in values.iter_mut().enumerate() {
+        *value += u[index / SIDE] * v[index % SIDE];
+    }
+    for place in &spikes {
+        values[*place] += 0.5;
+    }
+    let zeros: Arc<[f32]> = vec![0.0; SIDE].into();
+    let model = Regression::new(Arc::clone(&zeros), zeros, &[SIDE, SIDE]);
+    let mut lab = Lab::new(model, Vec::new(), seed);
+    lab.set(Values::from([("head.weight".to_owned(), values)]));
+    let weights = lab.weights()?;
+    let mut parameters = Parameters::new(weights.device());
+    let options = format!("rank = 1\nentries = {SPIKES}\ntargets = ['head']");
+    method("dsee", &options)?.attach(&weights, &mut parameters, seed)?;
+    let entries: BTreeSet<usize> = parameters
+        .iter()
+        .filter(|(id, _)| parameters.support(*id).is_some())
+        .flat_map(|(id, _)| parameters.indices(id).to_vec())
+        .map(|index| index as usize)
+        .collect();
+    Ok(spikes.iter().filter(|place| entries.contains(place)).count())
 }
 
 const SIDE: usize = 64;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use retune_core::Result;
 use retune_core::kernels::{Activation, AttentionOptions, gated};
 use retune_core::model::{Model, Output};
-use retune_core::pass::Pass;
+use retune_core::pass::{Pass, Rope};
 use retune_core::site::{Site, Sublayer};
 use retune_core::spec::{Head, Kind, ModelSpec, Role, WeightSpec};
 use serde_json::Value;
@@ -28,22 +28,36 @@ pub(crate) struct Sizes {
     pub(crate) inner_width: usize,
     /// Whether every linear layer has a bias, and norms are LayerNorms with theirs.
     pub(crate) biases: bool,
+    /// Whether positions are rotary, so that only distances count, and not learned ones.
+    pub(crate) rotary: bool,
 }
 
 impl Sizes {
     /// Gives a feed-forward network twice as wide as the model, and heads of 8 or 16.
     pub(crate) fn of(width: usize, num_layers: usize) -> Self {
-        Self { width, num_layers, num_heads: 4, inner_width: 2 * width, biases: false }
+        Self {
+            width,
+            num_layers,
+            num_heads: 4,
+            inner_width: 2 * width,
+            biases: false,
+            rotary: false,
+        }
     }
 
     /// Gives biases to all linear layers and norms, as encoders usually have them.
     pub(crate) fn with_biases(self) -> Self {
         Self { biases: true, ..self }
     }
+
+    /// Turns queries and keys by their positions in place of learning positions.
+    pub(crate) fn with_rotary(self) -> Self {
+        Self { rotary: true, ..self }
+    }
 }
 
 /// Pre-norm blocks as in Llama (SwiGLU, norms without biases; or LayerNorms and biases everywhere),
-/// learned positions, every token sees every other.
+/// learned or rotary positions, every token sees every other.
 ///
 /// Its head reads the mean over a document's tokens, and documents are all as long as the first;
 /// or it predicts words, each at its own place.
@@ -54,6 +68,7 @@ pub(crate) struct Encoder {
     inputs: Option<Inputs>,
     attention: AttentionOptions,
     biases: bool,
+    rope: Option<Rope>,
 }
 
 impl Encoder {
@@ -79,7 +94,7 @@ impl Encoder {
         sizes: Sizes,
         classes: Option<usize>,
     ) -> Self {
-        let Sizes { width, num_layers, num_heads, inner_width, biases } = sizes;
+        let Sizes { width, num_layers, num_heads, inner_width, biases, rotary } = sizes;
         let mut weights = Vec::new();
         let mut add = |name: &str, shape: &[usize], kind, role, layer| {
             weights.push(WeightSpec {
@@ -97,7 +112,9 @@ impl Encoder {
         } else {
             add("words.weight", &[vocabulary, width], Kind::Embedding, Role::Embedding, None);
         }
-        add("positions.weight", &[length, width], Kind::Embedding, Role::Position, None);
+        if !rotary {
+            add("positions.weight", &[length, width], Kind::Embedding, Role::Position, None);
+        }
         for index in 0..num_layers {
             let mut add = |name: &str, shape: &[usize], kind, role| {
                 add(&format!("layers.{index}.{name}.weight"), shape, kind, role, Some(index));
@@ -153,7 +170,12 @@ impl Encoder {
             causal: false,
             ..AttentionOptions::causal(num_heads, num_heads, head_width)
         };
-        Self { spec: Arc::new(spec), inputs, attention, biases }
+        let frequency = |pair: usize| 1e4_f64.powf(-2.0 * pair as f64 / head_width as f64);
+        let rope = rotary.then(|| Rope {
+            inverse_frequencies: (0..head_width / 2).map(frequency).collect(),
+            scale: 1.0,
+        });
+        Self { spec: Arc::new(spec), inputs, attention, biases, rope }
     }
 
     /// Says that the head is no new one, so that methods do not train it beside what they change.
@@ -189,6 +211,9 @@ impl Model for Encoder {
             }
             None => pass.embed("words", &batch.tokens)?,
         };
+        if self.rope.is_some() {
+            return Ok(pass.lay_virtual(x));
+        }
         // Positions are those of the document: what a method lays before it must not move them.
         let positions: Vec<u32> = batch.positions.iter().map(|place| *place as u32).collect();
         let x = x + pass.embed("positions", &positions)?;
@@ -199,8 +224,11 @@ impl Model for Encoder {
         let block = format!("layers.{index}");
         let h = self.norm(pass, &format!("{block}.input_layernorm"), x.clone())?;
         let h = pass.sublayer(index, Sublayer::Attention, h, |pass, h| {
-            let q = pass.linear(&format!("{block}.self_attn.q_proj"), h.clone())?;
-            let k = pass.linear(&format!("{block}.self_attn.k_proj"), h.clone())?;
+            let mut q = pass.linear(&format!("{block}.self_attn.q_proj"), h.clone())?;
+            let mut k = pass.linear(&format!("{block}.self_attn.k_proj"), h.clone())?;
+            if let Some(rope) = &self.rope {
+                [q, k] = [q, k].map(|x| pass.rotary(x, self.spec.num_heads, rope));
+            }
             let v = pass.linear(&format!("{block}.self_attn.v_proj"), h)?;
             let heads = pass.attention(index, q, k, v, &self.attention);
             let heads = pass.at(Site::Heads(index, Sublayer::Attention), heads);

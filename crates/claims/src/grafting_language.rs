@@ -32,7 +32,7 @@ pub(crate) const CLAIM: Claim = Claim {
     claims: "A thousandth of a language model's weights carries what tuning taught; regions of two tasks \
              hardly overlap, and both together solve both tasks.",
     run: "SmolLM2-135M-Instruct from 4-bit blocks, unpacked; two made-up tasks of one-word answers, \
-          sentiment of a sentence and parity of a numbered marker, 96 texts each, of about 15 tokens. \
+          sentiment of a sentence and parity of a marker from 0 to 9, 96 texts each, of about 15 tokens. \
           Blocks tuned by SGD, 200 steps of 8 texts; the graft by the program's own search from the \
           0.1 % moved most, 12 steps of 32 texts, at most 0.1 % of the entries, chosen on 48 other \
           texts; measured on 96 more, as the likeliest word of all; one seed. Regions are added up by \
@@ -69,7 +69,7 @@ fn sentiment(random: &mut Random) -> (String, String) {
 }
 
 fn parity(random: &mut Random) -> (String, String) {
-    let number = random.below(90) + 10;
+    let number = random.below(10);
     let thing = one(random, &["crate", "gate", "track", "locker", "seat", "buoy", "stall", "page"]);
     let who = one(random, &["We", "They", "My friends", "The guards", "I", "Her parents"]);
     let answer = if number.is_multiple_of(2) { " even" } else { " odd" };

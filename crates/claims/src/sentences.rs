@@ -5,7 +5,7 @@ use retune_core::random::{Random, Seed};
 
 use crate::Result;
 use crate::encoder::{Encoder, Sizes};
-use crate::lab::{Lab, Pace, Values};
+use crate::lab::{Held, Lab, Pace, Values};
 
 /// Words of the language.
 pub(crate) const WORDS: usize = 64;
@@ -17,7 +17,7 @@ const GAP: u32 = WORDS as u32;
 pub(crate) const FILLER: u32 = WORDS as u32 + 1;
 
 /// Two words that are no part of sentences, for tasks.
-pub(crate) const KEYS: [u32; 2] = [WORDS as u32 + 2, WORDS as u32 + 3];
+const KEYS: [u32; 2] = [WORDS as u32 + 2, WORDS as u32 + 3];
 
 /// All of them.
 pub(crate) const VOCABULARY: usize = WORDS + 4;
@@ -35,13 +35,22 @@ pub(crate) fn sentence(length: usize, random: &mut Random) -> Vec<u32> {
     found
 }
 
+/// Draws a sentence with both key words in it, and says which comes first.
+pub(crate) fn keyed(length: usize, random: &mut Random) -> (Vec<u32>, u32) {
+    let mut words = sentence(length, random);
+    let places = random.choose(length, 2);
+    words[places[0]] = KEYS[0];
+    words[places[1]] = KEYS[1];
+    (words, u32::from(places[0] > places[1]))
+}
+
 /// Makes a document of words with a class.
 pub(crate) fn document(words: Vec<u32>, class: u32, row: usize) -> Document {
     let learn = vec![false; words.len()];
     Document { tokens: words, learn, class: Some(class), row, ..Document::default() }
 }
 
-/// Makes an encoder's weights by masked modelling of `count` texts, its head left out; a sixth of
+/// Makes an encoder's weights, drawn as PyTorch draws them, by masked modelling of `count` texts, its head left out; a sixth of
 /// each text is gaps.
 ///
 /// `length` is the longest text its positions are for.
@@ -72,6 +81,7 @@ pub(crate) fn pretrained(
     }
     let model = Encoder::new(VOCABULARY, length, sizes, None);
     let mut lab = Lab::new(model, documents, seed).with_targets(targets);
+    lab.set(Held::draw_as_pytorch(lab.model.spec(), seed));
     let rows: Vec<usize> = (0..count).collect();
     lab.pretrain(&rows, pace, seed)?;
     let mut values = lab.values().clone();

@@ -182,6 +182,10 @@ fn decomposed(weight: Tensor<2>, count: usize, random: &mut Random) -> Result<Ve
     let mean = values.iter().map(|x| f64::from(*x)).sum::<f64>() / values.len() as f64;
     let variance = values.iter().map(|x| (f64::from(*x) - mean).powi(2)).sum::<f64>();
     let cut = 0.25 * (variance / values.len() as f64).sqrt();
+    // Drawn towards the weight's own direction first: beside a random start, entries of that direction
+    // are cut out as spikes, and what is cut out in the first round comes back in no other.
+    let towards = matmul(weight.clone().transpose(), matmul(weight.clone(), v.transpose()));
+    v = orthonormal(towards).transpose();
     for _ in 0..2 {
         let u = orthonormal(matmul(rest.clone(), v.transpose()));
         v = matmul(u.clone().transpose(), rest.clone());
@@ -611,13 +615,13 @@ mod tests {
     use super::*;
     use tensor::Device;
 
-    #[test]
-    fn planted_spikes_beside_a_direction_are_found() {
+    /// Plants 16 spikes of 0.5 in noise of 0.04 beside a direction; returns how many are found.
+    fn planted(deviation: f64, seed: u64) -> usize {
         let n = 64;
-        let mut random = Seed(6).stream("planted", &[]);
+        let mut random = Seed(seed).stream("planted", &[]);
         let (mut u, mut v, mut noise) = (vec![0.0; n], vec![0.0; n], vec![0.0; n * n]);
-        random.fill_normal(&mut u, 0.2);
-        random.fill_normal(&mut v, 0.2);
+        random.fill_normal(&mut u, deviation);
+        random.fill_normal(&mut v, deviation);
         random.fill_normal(&mut noise, 0.04);
         let spikes = sparse::random_entries(n * n, 16, &mut random);
         let mut values: Vec<f32> = (0..n * n).map(|i| u[i / n] * v[i % n] + noise[i]).collect();
@@ -626,7 +630,17 @@ mod tests {
         }
         let weight = Tensor::<2>::from_data(TensorData::new(values, [n, n]), &Device::flex());
         let found = decomposed(weight, 16, &mut random).unwrap();
-        let hits = found.iter().filter(|place| spikes.contains(place)).count();
-        assert!(found.len() == 16 && hits >= 15, "{hits} of 16");
+        assert_eq!(found.len(), 16);
+        found.iter().filter(|place| spikes.contains(place)).count()
+    }
+
+    #[test]
+    fn planted_spikes_are_found_beside_small_and_large_directions() {
+        for deviation in [0.0, 0.1, 0.2, 0.5, 1.0] {
+            for seed in 0..10 {
+                let hits = planted(deviation, seed);
+                assert!(hits >= 15, "{hits} of 16 with factors of {deviation}, seed {seed}");
+            }
+        }
     }
 }

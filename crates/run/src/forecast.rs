@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::open::Opened;
 use crate::recipe::{Recipe, WeightsName};
 use retune_core::method::{MethodPlan, Working};
-use retune_core::spec::{Head, ModelSpec, WeightSpec};
+use retune_core::spec::{Head, ModelSpec, Role, WeightSpec};
 use retune_evaluate::generate::Generation;
 
 /// What a run is expected to take.
@@ -302,14 +302,16 @@ fn weights_setting(weights: WeightsName) -> String {
 /// Bytes of the activations that wait for the backward pass.
 ///
 /// Per block and token: what both norms read, queries, keys, values and output of attention, and
-/// both halves of the gate; what linear layers read behind them is computed again. With
-/// recomputation, one width per block and one block in full.
+/// what the activation of the feed-forward network reads, with its gate where it has one; what
+/// linear layers read behind them is computed again. With recomputation, one width per block and
+/// one block in full.
 fn activation_bytes(spec: &ModelSpec, method: &MethodPlan, tokens: u64, recompute: bool) -> u64 {
     let heads = (spec.num_heads * spec.head_width) as u64;
     let keys = (spec.num_key_heads * spec.head_width) as u64;
     let width = spec.width as u64;
     let inner = spec.inner_width as u64;
-    let block = 2 * width + 2 * heads + 2 * keys + 2 * inner;
+    let halves = 1 + u64::from(spec.weights.iter().any(|weight| weight.role == Role::Gate));
+    let block = 2 * width + 2 * heads + 2 * keys + halves * inner;
     let layers = spec.num_layers as u64;
     let scaled = scaled_outputs(spec, method);
     let kept = if recompute {

@@ -174,9 +174,29 @@ fn the_budget_is_hard_and_keeps_the_surest_entries() {
     let tuned = tuned(&*model, &base, 1);
     let pair = Pair::new(&*model, &base, &tuned).unwrap();
     let all = run(&pair, &settings(2), None, 9).region;
-    let few = run(&pair, &Settings { budget: Some(50), ..settings(2) }, None, 9).region;
+    let found = run(&pair, &Settings { budget: Some(50), ..settings(2) }, None, 9);
+    let few = &found.region;
     assert_eq!(few.len(), 50);
     assert_eq!(few.shared(&all), 50);
+    // What is judged is what would be returned.
+    assert!(found.steps.iter().all(|step| step.num_entries == 50), "{:?}", found.steps);
+}
+
+#[test]
+fn a_search_never_ends_below_the_mask_it_starts_from() {
+    let (model, base) = open();
+    let tuned = tuned(&*model, &base, 1);
+    let pair = Pair::new(&*model, &base, &tuned).unwrap();
+    let batches = batches();
+    let task = Task {
+        batches: &mut |_| Ok(batches.clone()),
+        judge: &mut |_| Ok(0.5),
+        watch: &mut |_| ControlFlow::Continue(()),
+    };
+    let found = search(&pair, &settings(2), None, task).unwrap();
+    let count = (0.01 * pair.num_entries() as f64).floor() as usize;
+    assert_eq!((found.step, found.score), (0, 0.5));
+    assert_eq!(found.region, pair.most_moved(count).unwrap());
 }
 
 fn every_weight(

@@ -14,7 +14,7 @@ use retune_train::backprop::Backprop;
 
 use super::Region;
 use super::pair::{Bench, Pair};
-use super::state::{Keep, State};
+use super::state::{Best, Keep, State};
 use crate::error::{Error, Result};
 
 /// Where the mask starts.
@@ -44,7 +44,8 @@ pub struct Settings {
     pub flips: f64,
     /// Steps of gradient descent.
     pub num_steps: u64,
-    /// The most entries that are kept, those of the highest scores.
+    /// The most entries a mask may have, those of the highest scores; each step is judged by what
+    /// this leaves of it.
     pub budget: Option<usize>,
     /// Where the first scores are drawn from.
     pub seed: Seed,
@@ -75,9 +76,9 @@ pub struct Step {
     pub step: u64,
     /// Mean loss of the soft mask before the step.
     pub loss: f64,
-    /// Entries of the rounded mask behind it.
+    /// Entries of the rounded mask behind it, cut to the budget.
     pub num_entries: usize,
-    /// What the judge says of the rounded mask.
+    /// What the judge says of these.
     pub score: f64,
 }
 
@@ -86,9 +87,9 @@ pub struct Step {
 pub struct Found {
     /// The best rounded mask, cut to the budget.
     pub region: Region,
-    /// The step it is of.
+    /// The step it is of; 0 where no step was better than the base mask.
     pub step: u64,
-    /// Its score before it was cut.
+    /// What the judge said of it.
     pub score: f64,
     /// The learning rate.
     pub learning_rate: f64,
@@ -136,6 +137,14 @@ pub fn search(
         None => State::new(start(pair, settings)?),
     };
     let mut bench = Bench::new(pair)?;
+    let mut judged = |bench: &mut Bench<'_>, region: &Region| {
+        bench.graft(region)?;
+        (task.judge)(&bench.tuned())
+    };
+    if state.best.is_none() && settings.base != BaseMask::Empty {
+        let region = rounded(pair, &state.scores, settings.budget)?;
+        state.best = Some(Best { score: judged(&mut bench, &region)?, step: 0, region });
+    }
     let learner = Backprop { seed: settings.seed, recompute: settings.recompute };
     while state.step < settings.num_steps {
         bench.mix(|weight, entry| sigmoid(state.scores[weight][entry]))?;
@@ -158,11 +167,10 @@ pub fn search(
             }
         }
         state.step += 1;
-        bench.mix(|weight, entry| f32::from(u8::from(state.scores[weight][entry] > 0.0)))?;
-        let score = (task.judge)(&bench.tuned())?;
-        let num_entries = state.scores.iter().flatten().filter(|score| **score > 0.0).count();
-        let step = Step { step: state.step, loss: done.loss, num_entries, score };
-        state.note(step);
+        let region = rounded(pair, &state.scores, settings.budget)?;
+        let score = judged(&mut bench, &region)?;
+        let step = Step { step: state.step, loss: done.loss, num_entries: region.len(), score };
+        state.note(step, region);
         if let Some(keep) = keep {
             keep.write(pair, &state)?;
         }
@@ -170,14 +178,9 @@ pub fn search(
             break;
         }
     }
-    let lists = cut(&state.best.entries, settings.budget)?;
-    Ok(Found {
-        region: pair.region(lists),
-        step: state.best.step,
-        score: state.best.score,
-        learning_rate: state.learning_rate.unwrap_or(0.0),
-        steps: state.steps,
-    })
+    let Best { region, step, score } = state.best.unwrap_or_default();
+    let learning_rate = state.learning_rate.unwrap_or(0.0);
+    Ok(Found { region, step, score, learning_rate, steps: state.steps })
 }
 
 fn check(pair: &Pair<'_>, settings: &Settings) -> Result<()> {
@@ -304,17 +307,24 @@ fn usual_rate(flips: f64, scores: &[Vec<f32>], slopes: &[Vec<f32>]) -> Result<f6
     }))
 }
 
-/// Keeps the entries of the highest scores where there are more than the budget.
-fn cut(best: &[(Vec<u32>, Vec<f32>)], budget: Option<usize>) -> Result<Vec<Vec<u32>>> {
-    let total: usize = best.iter().map(|(entries, _)| entries.len()).sum();
-    let Some(budget) = budget.filter(|budget| *budget < total) else {
-        return Ok(best.iter().map(|(entries, _)| entries.clone()).collect());
+/// Rounds a mask: the entries of positive scores, or of them as many as may stay, the highest.
+fn rounded(pair: &Pair<'_>, scores: &[Vec<f32>], budget: Option<usize>) -> Result<Region> {
+    Ok(pair.region(inside(scores, budget)?))
+}
+
+fn inside(scores: &[Vec<f32>], budget: Option<usize>) -> Result<Vec<Vec<u32>>> {
+    let positive = |scores: &Vec<f32>| -> Vec<u32> {
+        let inside = scores.iter().enumerate().filter(|(_, score)| **score > 0.0);
+        inside.map(|(entry, _)| entry as u32).collect()
     };
-    let kept = largest(budget, best.len(), |weight| Ok(best[weight].1.clone()))?;
-    let entries = |(kept, (entries, _)): (Vec<u32>, &(Vec<u32>, Vec<f32>))| {
-        kept.into_iter().map(|place| entries[place as usize]).collect()
-    };
-    Ok(kept.into_iter().zip(best).map(entries).collect())
+    let entries: Vec<Vec<u32>> = scores.iter().map(positive).collect();
+    let total: usize = entries.iter().map(Vec::len).sum();
+    let Some(budget) = budget.filter(|budget| *budget < total) else { return Ok(entries) };
+    let highest = largest(budget, entries.len(), |weight| {
+        Ok(entries[weight].iter().map(|entry| scores[weight][*entry as usize]).collect())
+    })?;
+    let kept = highest.iter().zip(&entries);
+    Ok(kept.map(|(kept, all)| kept.iter().map(|place| all[*place as usize]).collect()).collect())
 }
 
 #[cfg(test)]
@@ -336,9 +346,9 @@ mod tests {
 
     #[test]
     fn the_budget_keeps_the_highest_scores() {
-        let best = [(vec![3, 7], vec![0.5, 2.0]), (vec![0, 1], vec![1.0, 0.1])];
-        assert_eq!(cut(&best, Some(2)).unwrap(), [vec![7], vec![0]]);
-        assert_eq!(cut(&best, Some(9)).unwrap(), [vec![3, 7], vec![0, 1]]);
-        assert_eq!(cut(&best, None).unwrap(), [vec![3, 7], vec![0, 1]]);
+        let scores = [vec![-1.0, 0.5, 0.0, 2.0], vec![1.0, -3.0, 0.1]];
+        assert_eq!(inside(&scores, Some(2)).unwrap(), [vec![3], vec![0]]);
+        assert_eq!(inside(&scores, Some(9)).unwrap(), [vec![1, 3], vec![0, 2]]);
+        assert_eq!(inside(&scores, None).unwrap(), [vec![1, 3], vec![0, 2]]);
     }
 }
