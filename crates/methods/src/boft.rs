@@ -5,7 +5,7 @@ use std::sync::Arc;
 use retune_core::change::Scope;
 use retune_core::kernels::linear_frozen;
 use retune_core::kernels::matrix::PackedMatrix;
-use retune_core::method::Card;
+use retune_core::method::{Card, Working};
 use retune_core::random::Random;
 use retune_core::targets::Among;
 use retune_core::weights::Weights;
@@ -73,6 +73,12 @@ impl WeightMethod for BoftOptions {
             Slot::zeros("boft_R", [self.n_butterfly_factor, count, size, size]),
             Slot::constant("boft_s", [target.rows, 1], 1.0),
         ])
+    }
+
+    fn working(&self, targets: &[Target]) -> Working {
+        // Each target's input in its own order.
+        let inputs: usize = targets.iter().map(|target| target.columns).sum();
+        Working { values_per_token: inputs as u64, ..Working::default() }
     }
 
     fn build(

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use retune_core::Result;
 use retune_core::kernels::linear_frozen;
 use retune_core::kernels::matrix::PackedMatrix;
-use retune_core::method::Card;
+use retune_core::method::{Card, Working};
 use retune_core::random::Random;
 use retune_core::targets::Among;
 use retune_core::weights::Weights;
@@ -135,6 +135,11 @@ impl WeightMethod for GloraOptions {
             });
         }
         Ok(slots)
+    }
+
+    fn working(&self, targets: &[Target]) -> Working {
+        // The changed weight.
+        frame::kept_matrices(1, targets)
     }
 
     fn build(

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use retune_core::Result;
-use retune_core::method::Card;
+use retune_core::method::{Card, Working};
 use retune_core::random::Random;
 use retune_core::targets::Among;
 use retune_core::weights::Weights;
@@ -84,9 +84,9 @@ impl WeightMethod for LohaOptions {
         ])
     }
 
-    fn kept_matrices(&self) -> u64 {
+    fn working(&self, targets: &[Target]) -> Working {
         // Both products, their product, and the changed weight.
-        4
+        frame::kept_matrices(4, targets)
     }
 
     fn build(

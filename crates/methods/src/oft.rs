@@ -5,7 +5,7 @@ use std::sync::Arc;
 use retune_core::change::Scope;
 use retune_core::kernels::linear_frozen;
 use retune_core::kernels::matrix::PackedMatrix;
-use retune_core::method::Card;
+use retune_core::method::{Card, Working};
 use retune_core::random::Random;
 use retune_core::targets::Among;
 use retune_core::weights::Weights;
@@ -77,6 +77,11 @@ impl WeightMethod for OftOptions {
         let size = self.size(target, context)?;
         let count = if self.block_share { 1 } else { target.columns / size };
         Ok(vec![Slot::zeros("oft_R.weight", [count, size * (size - 1) / 2])])
+    }
+
+    fn working(&self, targets: &[Target]) -> Working {
+        // Inputs in blocks, which the gradient of a rotation needs.
+        Working { values_per_token: frame::distinct_inputs(targets), ..Working::default() }
     }
 
     fn build(

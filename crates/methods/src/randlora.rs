@@ -1,7 +1,7 @@
 //! RandLoRA: a full-rank change as a sum of random low-rank bases with trained scales.
 
 use retune_core::Result;
-use retune_core::method::Card;
+use retune_core::method::{Card, Working};
 use retune_core::random::Random;
 use retune_core::targets::Among;
 use retune_core::weights::Weights;
@@ -93,6 +93,15 @@ impl WeightMethod for RandloraOptions {
             scale: self.alpha / self.rank as f64,
             dropout: self.dropout,
         }))
+    }
+
+    fn working(&self, targets: &[Target]) -> Working {
+        let (rows, columns) = checks::widest(targets);
+        let inner = rows.min(columns).div_ceil(self.rank) * self.rank;
+        // The scaled bases, and the changed weight.
+        let bytes = |t: &Target| 4 * (inner * t.rows.min(t.columns) + t.rows * t.columns);
+        let bytes: usize = targets.iter().map(bytes).sum();
+        Working { bytes: bytes as u64, ..Working::default() }
     }
 
     fn shared(&self, context: &Context<'_>) -> Result<Vec<Slot>> {

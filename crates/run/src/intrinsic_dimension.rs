@@ -283,7 +283,10 @@ impl Search {
         let of = format!("{percent} % of full tuning's {} ({goal:.4} of {full:.4})", self.metric);
         match (self.reached, self.intrinsic_dimension) {
             (Some(reached), Some(_)) if reached == self.question.from => {
-                format!("d{percent} is at most {reached}, the first dimension tried, for {of}")
+                format!(
+                    "d{percent} is at most {reached}, the first dimension tried, for {of}; a smaller \
+                     --from searches below it"
+                )
             }
             (Some(reached), Some(found)) => format!(
                 "d{percent} = {found:.0}: {reached} directions reach {of}, the next fewer tried do not"

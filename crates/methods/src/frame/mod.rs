@@ -13,7 +13,7 @@ use std::cell::OnceCell;
 use std::fmt::Debug;
 
 use retune_core::Result;
-use retune_core::method::{Card, FileIntegers, FileTensors, Promises, StepView};
+use retune_core::method::{Card, FileIntegers, FileTensors, Promises, StepView, Working};
 use retune_core::parameters::Parameters;
 use retune_core::random::Random;
 use retune_core::spec::{Kind, ModelSpec, Role};
@@ -113,6 +113,32 @@ pub struct Context<'a> {
     pub shared: &'a [Values],
 }
 
+/// Returns what keeping `matrices` of each target's shape for the backward pass takes.
+pub fn kept_matrices(matrices: u64, targets: &[Target]) -> Working {
+    let count: usize = targets.iter().map(|target| target.rows * target.columns).sum();
+    Working { bytes: 4 * matrices * count as u64, ..Working::default() }
+}
+
+/// Returns how many numbers a token has in the inputs of all targets, counted once where neighbours read
+/// the same.
+pub fn distinct_inputs(targets: &[Target]) -> u64 {
+    let source = |target: &Target| match target.role {
+        Role::Query | Role::Key | Role::Value => Some(0),
+        Role::Gate | Role::Up => Some(1),
+        _ => None,
+    };
+    let mut before = None;
+    let mut count = 0;
+    for target in targets {
+        let own = source(target);
+        if own.is_none() || own != before {
+            count += target.columns as u64;
+        }
+        before = own;
+    }
+    count
+}
+
 /// A method that changes weights one by one; its options are the method.
 pub trait WeightMethod: Options + Debug + Send + Sync + 'static {
     /// What is fixed about it.
@@ -167,9 +193,11 @@ pub trait WeightMethod: Options + Debug + Send + Sync + 'static {
         Vec::new()
     }
 
-    /// Returns how many matrices of the weight's shape are kept for the backward pass of each target.
-    fn kept_matrices(&self) -> u64 {
-        0
+    /// Returns what the operations hold through a step, as [`Method::working`] does.
+    ///
+    /// [`Method::working`]: retune_core::method::Method::working
+    fn working(&self, _targets: &[Target]) -> Working {
+        Working::default()
     }
 
     /// Returns what the method promises with these options.

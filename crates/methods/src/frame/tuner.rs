@@ -172,8 +172,7 @@ impl<M: WeightMethod> Method for Tuner<M> {
 
     fn working(&self, spec: &ModelSpec) -> Working {
         let targets = self.targets(spec).unwrap_or_default();
-        let count: usize = targets.iter().map(|target| target.rows * target.columns).sum();
-        Working { bytes: 4 * self.options.kept_matrices() * count as u64, ..Working::default() }
+        self.options.working(&targets)
     }
 
     fn attach(
