@@ -157,13 +157,11 @@ fn is_progress(line: &str) -> bool {
 
 /// Returns the error among the lines of a run that failed, or else its last lines.
 fn failure(said: &[String], status: &str) -> String {
-    match said.iter().position(|line| line.starts_with("error: ")) {
-        Some(place) => said[place..].join("\n").trim_start_matches("error: ").to_owned(),
-        None => {
-            let tail = &said[said.len().saturating_sub(10)..];
-            format!("the run ended with {status}\n{}", tail.join("\n"))
-        }
+    if let Some(place) = said.iter().position(|line| line.starts_with("error: ")) {
+        return said[place..].join("\n").trim_start_matches("error: ").to_owned();
     }
+    let tail = &said[said.len().saturating_sub(10)..];
+    format!("the run ended with {status}\n{}", tail.join("\n"))
 }
 
 fn shown(result: &ArmResult) -> String {
