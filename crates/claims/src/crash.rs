@@ -29,8 +29,8 @@ pub(crate) const CLAIM: Claim = Claim {
     claims: "Blocks trained on a training-free stand-in and put back make the whole model better than \
              it was and better than the tuned stand-in, and no barrier of loss lies between it and a \
              full tune.",
-    run: "Perceptron of 24 normalised residual blocks of width 96, drawn as PyTorch draws it, pretrained on 900 scanned digits \
-          (20 passes, batches of 32, AdamW 1e-3); then 250 others seen through a gain exp(N(0, 0.5²)) \
+    run: "Perceptron of 24 normalised residual blocks of width 96, drawn as PyTorch draws it, \
+          pretrained on 900 scanned digits (20 passes, batches of 32, AdamW 1e-3); then 250 others seen through a gain exp(N(0, 0.5²)) \
           and an offset N(0, 0.45²) of each pixel, tuned 40 passes in batches of 16 at 5e-4. Of 24 \
           blocks 12 are kept and 4 train, by the program's own clustering, sharing, and walk between \
           two models; measured on the 647 pictures left, three seeds. The finer ordering on a \

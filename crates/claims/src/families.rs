@@ -21,8 +21,8 @@ pub(crate) const CLAIM: Claim = Claim {
              base's output and recovers most of what full tuning gains over a linear probe; what \
              merges gives the same outputs merged.",
     run: "Transformer of 4 layers and width 32 (rows of 8 x 8 digits as 8 tokens), drawn as PyTorch draws \
-          it, pretrained on 1200 upright digits, 30 passes; tuned for 15 passes over the same digits rotated by 90 degrees, \
-          batches of 32, linear decay. The head trains in every method. For each method the best of \
+          it, pretrained on 1200 upright digits, 30 passes; tuned for 15 passes over the same digits \
+          rotated by 90 degrees, batches of 32, linear decay. The head trains in every method. For each method the best of \
           three rates on 150 others, measured on the 447 left; three seeds. Starts, merges after 30 \
           steps, files, and the time of a step (the least of five rounds) on one seed more.",
     quick: false,

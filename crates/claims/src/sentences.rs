@@ -50,8 +50,8 @@ pub(crate) fn document(words: Vec<u32>, class: u32, row: usize) -> Document {
     Document { tokens: words, learn, class: Some(class), row, ..Document::default() }
 }
 
-/// Makes an encoder's weights, drawn as PyTorch draws them, by masked modelling of `count` texts, its head left out; a sixth of
-/// each text is gaps.
+/// Makes an encoder's weights, drawn as PyTorch draws them, by masked modelling of `count` texts, its
+/// head left out; a sixth of each text is gaps.
 ///
 /// `length` is the longest text its positions are for.
 ///
