@@ -19,8 +19,8 @@ pub(crate) const CLAIM: Claim = Claim {
              d90, and more of it lowers it further.",
     run: "Perceptron 64-128-128-10, drawn as PyTorch draws it, after 0, 20, 100 and 300 full-batch \
           Adam steps (3e-3) on 900 scanned digits; then a new head and 300 others whose digits have new names, 150 full-batch steps of \
-          DID over all matrices and biases at a constant rate, the better of 0.03 and 0.1, against full tuning at \
-          the better of 1e-3 and 3e-3. Rates chosen on 200 validation rows, measured on the 397 left; \
+          DID over all matrices and biases at a constant rate, the better of 0.03 and 0.1, against full \
+          tuning at the better of 1e-3 and 3e-3. Rates chosen on 200 validation rows, measured on the 397 left; \
           three seeds. d90 by interpolation in log d. Control: the same with 100 steps on turned \
           digits.",
     quick: false,
