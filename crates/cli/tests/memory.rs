@@ -144,3 +144,19 @@ fn an_arithmetic_the_processor_lacks_gets_a_line() {
     let said = plan["warnings"].to_string().contains("is computed in f32");
     assert_eq!(said, !Arithmetic::Bf16.is_native(), "{plan}");
 }
+
+#[test]
+fn a_method_that_writes_into_weights_is_refused_over_blocks_before_a_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let stored = ["compute.weights=\"stored\"".to_owned()];
+    for method in ["id3", "sara", "hft"] {
+        recipe(folder.path(), method);
+        accepted(folder.path(), &[]);
+        let said = refused(&plan(folder.path(), &stored));
+        assert!(said.contains("quantised blocks") && said.contains("compute.weights"), "{said}");
+    }
+    for method in ["lora", "spiel"] {
+        recipe(folder.path(), method);
+        accepted(folder.path(), &stored);
+    }
+}

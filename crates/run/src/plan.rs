@@ -11,6 +11,7 @@ use crate::recipe::{ArithmeticName, Recipe};
 use crate::rows::Splits;
 use retune_core::kernels::matrix::Arithmetic;
 use retune_data::statistics::Statistics;
+use retune_methods::sparse::refuse_blocks;
 
 /// Everything decided before step 1.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -102,6 +103,9 @@ impl Plan {
         check_tasks(recipe, splits)?;
         let method = recipe.method.plan(spec)?;
         let card = recipe.method.card();
+        if !recipe.method.promises().quantized_base {
+            refuse_blocks(&opened.weights, card.name)?;
+        }
         let (low, high) = card.usual_learning_rates;
         let learning_rate = recipe.train.learning_rate.unwrap_or((low * high).sqrt());
         let num_steps = match recipe.train.steps {
