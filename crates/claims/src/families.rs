@@ -149,8 +149,8 @@ fn prove(clock: Clock) -> Result<Proof> {
     {
         proof.notes.push(
             "Before the first step every arm differs from the base by the same, the linear probe too, \
-             which trains the head alone: the head trains in all of them, and what trains is multiplied \
-             in another order than what is frozen."
+             which trains the head alone: most likely because the head trains in all of them, and what \
+             trains is multiplied in another order than what is frozen."
                 .to_owned(),
         );
     }
